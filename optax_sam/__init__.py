@@ -1,0 +1,34 @@
+"""Sharpness-aware minimization as Optax gradient transformations."""
+
+from optax_sam.ascent import AscentState, adaptive_ascent, normalized_ascent, unnormalized_ascent
+from optax_sam.averaging import micro_batched
+from optax_sam.estimator import GradientEstimator, gradient_estimator, value_and_grad
+from optax_sam.family import asam, late, msam, sam, stable_sam, usam
+from optax_sam.renormalization import renormalized
+from optax_sam.switching import SwitchState, switch_at, switch_by
+from optax_sam.transform import SharpnessAwareState, sharpness_aware
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AscentState",
+    "GradientEstimator",
+    "SharpnessAwareState",
+    "SwitchState",
+    "adaptive_ascent",
+    "asam",
+    "gradient_estimator",
+    "late",
+    "micro_batched",
+    "msam",
+    "normalized_ascent",
+    "renormalized",
+    "sam",
+    "sharpness_aware",
+    "stable_sam",
+    "switch_at",
+    "switch_by",
+    "unnormalized_ascent",
+    "usam",
+    "value_and_grad",
+]

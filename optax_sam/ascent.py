@@ -1,0 +1,224 @@
+r"""The ascent: from the gradient g at the params to the perturbation ε.
+
+An ascent is an ordinary ``optax.GradientTransformation`` whose output is added to the params, to find the point where
+the gradient is taken again. So ascents compose with Optax: ``optax.chain(optax.ema(0.9), normalized_ascent(0.05))``
+climbs along an average of gradients, and ``optax.chain(optax.freeze(mask), normalized_ascent(0.05))`` leaves some
+leaves alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+NO_PARAMS_MESSAGE = (
+    "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
+    "when calling `update`."
+)
+
+
+class AscentState(NamedTuple):
+    """State of an ascent whose rho follows a schedule.
+
+    Attributes:
+        ascent_step: int32 scalar, the number of updates so far; the schedule's argument.
+    """
+
+    ascent_step: jax.Array
+
+
+def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    r"""Step of length rho along the gradient.
+
+    .. math::
+        \varepsilon = \rho \, g / \|g\|_2
+
+    with one norm over all leaves, accumulated in float32 or wider. A zero gradient gives ε = 0.
+
+    Args:
+        rho: length of ε, in the units of the params: a scalar ≥ 0, or a schedule of the number of updates.
+
+    Returns:
+        An ``optax.GradientTransformation`` from g to ε; shapes and dtypes of the leaves are kept.
+
+    Raises:
+        TypeError: rho is neither a real scalar nor a schedule.
+        ValueError: rho is a negative or non-finite number.
+
+    Example:
+        >>> ascent = normalized_ascent(0.5)
+        >>> perturbation, _ = ascent.update({"w": jnp.array([3.0, 4.0])}, ascent.init({"w": jnp.zeros(2)}))
+        >>> print(perturbation["w"])
+        [0.3 0.4]
+
+    Reference:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+
+    def perturbation(radius, updates, params):
+        del params
+        norm = global_norm(updates)
+        return jax.tree.map(lambda g: rescale(g, norm, radius), updates)
+
+    return _ascent(rho, perturbation)
+
+
+def unnormalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    r"""Step of rho times the gradient (USAM).
+
+    .. math::
+        \varepsilon = \rho \, g
+
+    Args:
+        rho: step size, in units of params per gradient: a scalar ≥ 0, or a schedule of the number of updates.
+
+    Returns:
+        An ``optax.GradientTransformation`` from g to ε; shapes and dtypes of the leaves are kept.
+
+    Raises:
+        TypeError: rho is neither a real scalar nor a schedule.
+        ValueError: rho is a negative or non-finite number.
+
+    Example:
+        >>> ascent = unnormalized_ascent(0.5)
+        >>> perturbation, _ = ascent.update({"w": jnp.array([3.0, 4.0])}, ascent.init({"w": jnp.zeros(2)}))
+        >>> print(perturbation["w"])
+        [1.5 2. ]
+
+    Reference:
+        Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware Minimization
+        <https://arxiv.org/abs/2206.06232>`_, 2022
+    """
+
+    def perturbation(radius, updates, params):
+        del params
+        one = jnp.ones([], jnp.float32)
+        return jax.tree.map(lambda g: rescale(g, one, radius), updates)
+
+    return _ascent(rho, perturbation)
+
+
+def adaptive_ascent(rho: optax.ScalarOrSchedule, eta: jax.typing.ArrayLike = 0.01) -> optax.GradientTransformation:
+    r"""Step of length rho in units of the params' own magnitude (ASAM).
+
+    .. math::
+        \varepsilon = \rho \, T^2 g / \|T g\|_2, \qquad T = |w| + \eta
+
+    with one norm over all leaves. ``update`` needs the params.
+
+    Args:
+        rho: length of T⁻¹ε, relative to the params: a scalar ≥ 0, or a schedule of the number of updates. Useful
+            values are about ten times those of :func:`normalized_ascent`.
+        eta: scalar ≥ 0, in the units of the params; lets params at zero move.
+
+    Returns:
+        An ``optax.GradientTransformation`` from g to ε; shapes and dtypes of the leaves are kept.
+
+    Raises:
+        TypeError: rho is neither a real scalar nor a schedule, or eta is not a real scalar.
+        ValueError: rho or eta is a negative or non-finite number; at ``update``, params are missing.
+
+    Example:
+        >>> ascent = adaptive_ascent(0.5, eta=0.0)
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> perturbation, _ = ascent.update({"w": jnp.array([1.0, 1.0])}, ascent.init(params), params)
+        >>> print([f"{e:.2f}" for e in perturbation["w"]])
+        ['0.90', '1.60']
+
+    Reference:
+        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks
+        <https://arxiv.org/abs/2102.11600>`_, 2021
+    """
+    check_nonnegative("eta", eta)
+
+    def perturbation(radius, updates, params):
+        if params is None:
+            raise ValueError(NO_PARAMS_MESSAGE)
+        widths = jax.tree.map(lambda w, g: (jnp.abs(widen(w)) + eta).astype(widen(g).dtype), params, updates)
+        stretched = jax.tree.map(lambda t, g: t * widen(g), widths, updates)
+        norm = global_norm(stretched)
+        return jax.tree.map(
+            lambda t, h, g: (t * rescale(h, norm, radius)).astype(jnp.asarray(g).dtype), widths, stretched, updates
+        )
+
+    return _ascent(rho, perturbation)
+
+
+def _ascent(rho: optax.ScalarOrSchedule, perturbation: Callable[[Any, Any, Any], Any]) -> optax.GradientTransformation:
+    """The transformation ``perturbation(rho, updates, params)``, with a step count if rho is a schedule."""
+    if not callable(rho):
+        check_nonnegative("rho", rho)
+        return optax.GradientTransformation(
+            lambda params: optax.EmptyState(),
+            lambda updates, state, params=None: (perturbation(rho, updates, params), state),
+        )
+
+    def init(params):
+        del params
+        return AscentState(ascent_step=jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        radius = rho(state.ascent_step)
+        next_step = jnp.asarray(optax.safe_increment(state.ascent_step))
+        return perturbation(radius, updates, params), AscentState(ascent_step=next_step)
+
+    return optax.GradientTransformation(init, update)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """L2 norm over all leaves, in float32 or wider; exact zero for zero, no overflow or underflow of the squares.
+
+    ``optax.tree.norm`` squares and adds in the dtype of the leaves: bfloat16 sums are off by half, float16 ones
+    overflow.
+    """
+    leaves = [widen(leaf) for leaf in jax.tree.leaves(tree)]
+    leaves = [leaf for leaf in leaves if leaf.size]
+    if not leaves:
+        return jnp.zeros([], jnp.float32)
+    dtype = max((jnp.finfo(leaf.dtype).dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
+    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
+    peak = jax.lax.stop_gradient(jnp.max(jnp.stack(peaks)))
+    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    squares = [_sum_of_squares(leaf / unit.astype(jnp.finfo(leaf.dtype).dtype)).astype(dtype) for leaf in leaves]
+    square = jnp.sum(jnp.stack(squares))
+    zero = square == 0
+    return jnp.where(zero, 0, unit * jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
+    """The leaf as an array of float32 (complex64) or wider."""
+    leaf = jnp.asarray(leaf)
+    return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
+
+
+def _sum_of_squares(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(leaf * leaf)
+
+
+def rescale(leaf: jax.typing.ArrayLike, norm: jax.Array, target: jax.typing.ArrayLike) -> jax.Array:
+    """leaf / norm · target in float32 or wider, back in the leaf's dtype; zero where the norm is zero."""
+    leaf = jnp.asarray(leaf)
+    wide = widen(leaf)
+    real = jnp.finfo(wide.dtype).dtype
+    norm = norm.astype(real)
+    return (wide / jnp.where(norm == 0, 1, norm) * jnp.asarray(target).astype(real)).astype(leaf.dtype)
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless value is a scalar ≥ 0. The value of a ``jax.Array`` is left unread: it may be traced."""
+    if isinstance(value, jax.Array):
+        if value.ndim:
+            raise ValueError(f"{name} must be a scalar; got an array of shape {value.shape}.")
+    elif (
+        isinstance(value, (bool, np.bool))
+        or not isinstance(value, (int, float, np.number, np.ndarray))
+        or np.ndim(value)
+    ):
+        raise TypeError(f"{name} must be a real scalar{' or a schedule' if name == 'rho' else ''}; got {value!r}.")
+    elif not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0; got {name}={value!r}.")

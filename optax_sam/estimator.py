@@ -1,0 +1,261 @@
+r"""The estimator: the loss, the clean gradient and the SAM gradient of a batch in one call, at its true cost.
+
+A link in an Optax chain is handed a clean gradient and evaluates the others; the caller owns the batch. The estimator
+owns all evaluations, so it can split the batch into micro-batches and average before or after the ascent, and it can
+mark params as varying under ``shard_map``, where a gradient would otherwise be summed over the devices unasked. Each
+example costs one gradient for the clean pass and as many as the link evaluates for the rest, whatever the number of
+micro-batches.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam.ascent import widen
+from optax_sam.averaging import axis_is_checked, check_axis_name, leading_size, mean_of_stack, mean_over_axis
+from optax_sam.transform import as_link, check_positive_int, vary
+
+STRATEGIES = ("auto", "vmap", "scan", "unroll")
+ASCENTS_PER = ("micro_batch", "device", "batch")
+MAX_UNROLLED = 16
+
+
+class ValueAndGradFn(Protocol):
+    """See :func:`gradient_estimator`."""
+
+    def __call__(self, params: Any, state: optax.OptState, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]: ...
+
+
+class GradientEstimator(NamedTuple):
+    """A pair of pure functions, as made by :func:`gradient_estimator`.
+
+    Attributes:
+        init: from params to the state of the link.
+        value_and_grad: from ``(params, state, batch, *args, **kwargs)`` to ``(loss, grads, state)``, or
+            ``((loss, aux), grads, state)``.
+    """
+
+    init: Callable[[Any], optax.OptState]
+    value_and_grad: ValueAndGradFn
+
+
+def gradient_estimator(
+    loss_fn: Callable[..., Any],
+    link: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    num_micro_batches: int = 1,
+    ascent_per: str = "micro_batch",
+    strategy: str = "auto",
+    axis_name: str | None = None,
+) -> GradientEstimator:
+    r"""Applies a link to a loss function: one call returns the loss, the link's gradient and the link's new state.
+
+    The batch is split into ``num_micro_batches`` contiguous shards. ``ascent_per`` says what one ε is computed from:
+
+    - ``"micro_batch"``: each micro-batch has its own ε; their SAM gradients are averaged. This is mSAM.
+    - ``"batch"``: clean gradients are averaged over all micro-batches (and devices), then there is one ε for all.
+      This is plain SAM, with gradient accumulation and synchronized devices.
+    - ``"device"``: one ε for all the micro-batches of one device; SAM gradients are averaged over devices.
+
+    ``loss_fn(params, batch, *args, **kwargs)`` returns the mean loss of the batch, or ``(loss, aux)``. Every leaf of
+    ``batch`` has a leading axis of B examples. The other arguments go to every call unchanged, except scalar PRNG
+    keys: these are folded with the index of the micro-batch (counted over all devices) where there is more than one,
+    so that micro-batches draw different dropout masks, and the two passes of one micro-batch the same. Loss and aux
+    are those of the clean pass, averaged over micro-batches and devices; aux leaves that are not float are those of a
+    device's first micro-batch.
+
+    Args:
+        loss_fn: function to differentiate with respect to its first argument.
+        link: from g to s: a recipe such as ``sam(0.05)``, a combinator, or any ``optax.GradientTransformation``.
+        has_aux: whether loss_fn returns ``(loss, aux)``.
+        num_micro_batches: M ≥ 1, a divisor of B.
+        ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
+        strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
+            params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
+            one after another in straight-line code. ``"auto"``: unroll up to 16 micro-batches, else scan.
+        axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the batch; results
+            are averaged over it. Params and state are the same on every member.
+
+    Returns:
+        A :class:`GradientEstimator`. Gradients have the structure, shapes and dtypes that ``jax.grad(loss_fn)``
+        returns.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an unknown ascent_per or strategy, num_micro_batches < 1; when called: leaves of the batch that
+            are scalars, differ in B, or cannot be divided by M; axis_name is not a mapped axis.
+
+    Example:
+        >>> import optax_sam
+        >>> loss_fn = lambda w, x: jnp.mean((w * x - 1.0) ** 2)
+        >>> estimator = gradient_estimator(loss_fn, optax_sam.sam(rho=0.1), num_micro_batches=2)
+        >>> params, batch = jnp.float32(0.5), jnp.array([1.0, 2.0, 3.0, 4.0])
+        >>> loss, grads, state = estimator.value_and_grad(params, estimator.init(params), batch)
+        >>> print(f"{loss:.3f} {grads:.2f}")
+        0.375 3.50
+
+    Reference:
+        Behdin et al., `mSAM: Micro-Batch-Averaged Sharpness-Aware Minimization
+        <https://arxiv.org/abs/2302.09693>`_, 2023
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of params and a batch; got {loss_fn!r}.")
+    link = as_link("link", link)
+    check_positive_int("num_micro_batches", num_micro_batches)
+    _check_choice("ascent_per", ascent_per, ASCENTS_PER)
+    _check_choice("strategy", strategy, STRATEGIES)
+    check_axis_name(axis_name)
+
+    def value_and_grad(params, state, /, *args, **kwargs):
+        def apply_link(average):
+            """Value, gradient and state of the link, where ``average`` runs over all the losses that share one ε."""
+
+            def grad_fn(point):
+                return average(lambda loss: _gradient(loss, has_aux)(_local(point, axis_name)))
+
+            value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=has_aux)(_local(params, axis_name)))
+            return value, *link.update(clean, state, params, grad_fn=grad_fn)
+
+        def over_micro_batches(evaluate):
+            def evaluate_one(index, arguments, keywords):
+                number = _shard_number(index, num_micro_batches, axis_name)
+                arguments, keywords = _fold_keys((arguments, keywords), number)
+                return evaluate(lambda params: loss_fn(params, *arguments, **keywords))
+
+            return _mean_over_shards(evaluate_one, args, kwargs, num_micro_batches, strategy)
+
+        def over_devices(tree):
+            return tree if axis_name is None else mean_over_axis(tree, axis_name)
+
+        if ascent_per == "micro_batch":
+            return over_devices(over_micro_batches(lambda loss: apply_link(lambda evaluate: evaluate(loss))))
+        if ascent_per == "device":
+            return over_devices(apply_link(over_micro_batches))
+        return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
+
+    return GradientEstimator(init=link.init, value_and_grad=value_and_grad)
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], link: optax.GradientTransformation, **options: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """Drop-in for ``jax.value_and_grad``: the same call and the same result, with the link's gradient.
+
+    Args:
+        loss_fn: function to differentiate with respect to its first argument; see :func:`gradient_estimator`.
+        link: a link without arrays in its state, such as ``sam(0.05)`` with a constant rho.
+        **options: the keywords of :func:`gradient_estimator`: ``has_aux``, ``num_micro_batches``, ``ascent_per``,
+            ``strategy``, ``axis_name``.
+
+    Returns:
+        A function of ``(params, batch, *args, **kwargs)`` that returns ``(loss, grads)``, or ``((loss, aux), grads)``.
+
+    Raises:
+        TypeError: as :func:`gradient_estimator`.
+        ValueError: as :func:`gradient_estimator`; when called, if the link carries arrays in its state.
+
+    Example:
+        >>> import optax_sam
+        >>> loss_fn = lambda w, x: jnp.mean((w - x) ** 2)
+        >>> loss, grads = value_and_grad(loss_fn, optax_sam.sam(rho=0.1))(jnp.float32(1.0), jnp.zeros(3))
+        >>> print(f"{loss:.1f} {grads:.1f}")
+        1.0 2.2
+    """
+    estimator = gradient_estimator(loss_fn, link, **options)
+
+    def stateless(params, /, *args, **kwargs):
+        state = jax.eval_shape(estimator.init, params)
+        if jax.tree.leaves(state):
+            raise ValueError(
+                f"value_and_grad keeps no state, and this link carries one: {state}. Use `gradient_estimator(loss_fn, "
+                "link)`, whose value_and_grad takes the state and returns the new one."
+            )
+        value, gradient, _ = estimator.value_and_grad(params, state, *args, **kwargs)
+        return value, gradient
+
+    return stateless
+
+
+def _gradient(loss: Callable[[Any], Any], has_aux: bool) -> Callable[[Any], Any]:
+    """The gradient of loss alone."""
+    gradient = jax.grad(loss, has_aux=has_aux)
+    return (lambda params: gradient(params)[0]) if has_aux else gradient
+
+
+def _local(params: Any, axis_name: str | None) -> Any:
+    """The params, marked as varying over the axis where that is tracked: their gradient is then this member's own."""
+    if axis_name is None or not axis_is_checked(axis_name):
+        return params
+    return jax.tree.map(lambda w: vary(jnp.asarray(w), {axis_name}), params)
+
+
+def _mean_over_shards(
+    evaluate: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict, num_shards: int, strategy: str
+) -> Any:
+    """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""
+    if num_shards == 1:
+        return evaluate(0, args, kwargs)
+    if not args:
+        raise ValueError(
+            f"num_micro_batches={num_shards} needs a batch to split: call value_and_grad(params, state, batch)."
+        )
+    batch = _split(args[0], num_shards)
+
+    def evaluate_shard(index, shard):
+        return evaluate(index, (shard, *args[1:]), kwargs)
+
+    def evaluate_at(index):
+        select = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
+        return evaluate_shard(index, jax.tree.map(select, batch))
+
+    def add(index, total):
+        return jax.tree.map(lambda t, x: t + widen(x) if _is_float(x) else t, total, evaluate_at(index))
+
+    if strategy == "vmap":
+        return mean_of_stack(jax.vmap(evaluate_shard)(jnp.arange(num_shards), batch))
+    first = evaluate_at(0)
+    total = jax.tree.map(lambda x: widen(x) if _is_float(x) else x, first)
+    if strategy == "scan" or (strategy == "auto" and num_shards > MAX_UNROLLED):
+        total = jax.lax.fori_loop(1, num_shards, add, total)
+    else:
+        for index in range(1, num_shards):
+            total = add(index, total)
+    return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if _is_float(x) else t, total, first)
+
+
+def _split(batch: Any, num_shards: int) -> Any:
+    """The batch with leaves (B, ...) reshaped to (num_shards, B / num_shards, ...)."""
+    batch_size = leading_size(batch=batch)
+    if batch_size is not None and batch_size % num_shards:
+        raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}.")
+    return jax.tree.map(lambda x: jnp.reshape(x, (num_shards, jnp.shape(x)[0] // num_shards, *jnp.shape(x)[1:])), batch)
+
+
+def _shard_number(index: Any, num_shards: int, axis_name: str | None) -> Any:
+    """The index of a micro-batch, counted over all members of the axis; None where there is only one."""
+    if axis_name is None:
+        return None if num_shards == 1 else index
+    return jax.lax.axis_index(axis_name) * num_shards + index
+
+
+def _fold_keys(tree: Any, number: Any) -> Any:
+    """The tree with its scalar PRNG keys folded with the number, all else unchanged."""
+
+    def fold(leaf):
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.fold_in(leaf, number) if is_key and not leaf.ndim else leaf
+
+    return tree if number is None else jax.tree.map(fold, tree)
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {name}={value!r}.")

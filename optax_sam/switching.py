@@ -1,0 +1,167 @@
+r"""Switching: which link is active at which step.
+
+The branches stand in one ``lax.switch``, so that one compiled program serves all phases and the gradients of inactive
+links are not evaluated. What follows in the chain (momentum!) is carried across a switch; to give each phase its own,
+put whole optimizers in the phases: ``switch_at({0: optax.sgd(0.1, 0.9), 9_000: optax.chain(sam(0.05), optax.sgd(0.1,
+0.9))})``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_sam.transform import as_link
+
+
+class SwitchState(NamedTuple):
+    """State of :func:`switch_by` and :func:`switch_at`.
+
+    Attributes:
+        switch_step: int32 scalar, the number of updates so far.
+        link_states: the state of each link; those of inactive links stay as they are.
+    """
+
+    switch_step: jax.Array
+    link_states: tuple[optax.OptState, ...]
+
+
+def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+    r"""One link per phase of training: phase k is active for steps in [start_k, start_{k+1}).
+
+    Steps are calls of ``update``, counted from 0. Schedules inside a link count the steps in which it was active.
+
+    Args:
+        phases: from the first step of a phase to its link, in increasing order, beginning at step 0.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` that forwards all extra arguments.
+
+    Raises:
+        TypeError: phases is not a mapping from int to transformations.
+        ValueError: phases is empty, unordered, or does not begin at 0; at ``update``, the outputs or states of the
+            phases differ in structure, shape or dtype.
+
+    Example:
+        >>> import optax_sam
+        >>> link = switch_at({0: optax.identity(), 9_000: optax_sam.sam(rho=0.05)})
+        >>> print(link.init(jnp.zeros(2)).switch_step)
+        0
+
+    Reference:
+        Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
+        <https://arxiv.org/abs/2410.10373>`_, 2025
+    """
+    if not isinstance(phases, Mapping):
+        raise TypeError(f"phases must be a mapping from first step to link; got {phases!r}.")
+    starts = list(phases)
+    for start in starts:
+        if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
+            raise TypeError(f"The keys of phases must be ints, the first step of each phase; got {start!r}.")
+    if not starts or starts[0] != 0 or starts != sorted(starts):
+        raise ValueError(
+            f"The keys of phases must begin at 0 and increase; got {starts}. To do nothing in the first phase write "
+            "`switch_at({0: optax.identity(), start: link})`."
+        )
+    if starts[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"The keys of phases must fit in int32, the dtype of the step counter; got {starts[-1]}.")
+    boundaries = np.asarray(starts[1:], np.int32)
+    return _switch(
+        lambda step: jnp.sum(step >= boundaries, dtype=jnp.int32),
+        {f"the phase from step {start}": link for start, link in phases.items()},
+    )
+
+
+def switch_by(
+    index_fn: Callable[[jax.Array], jax.typing.ArrayLike], links: Sequence[optax.GradientTransformation]
+) -> optax.GradientTransformationExtraArgs:
+    """The link that a function of the step chooses: alternation, every k-th step, windows.
+
+    Steps are calls of ``update``, counted from 0. Schedules inside a link count the steps in which it was active.
+
+    Args:
+        index_fn: from the step (int32 scalar) to an index into links (integer or boolean scalar); clipped to the
+            valid range.
+        links: the links to choose from.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` that forwards all extra arguments.
+
+    Raises:
+        TypeError: index_fn is not a function, links is not a sequence of transformations, or the index is not an
+            integer.
+        ValueError: links is empty, or the index is not a scalar; at ``update``, the outputs or states of the links
+            differ in structure, shape or dtype.
+
+    Example:
+        >>> import optax_sam
+        >>> every_fifth = switch_by(lambda step: step % 5 == 0, [optax.identity(), optax_sam.sam(rho=0.05)])
+        >>> print(every_fifth.init(jnp.zeros(2)).switch_step)
+        0
+    """
+    if not callable(index_fn):
+        raise TypeError(f"index_fn must be a function of the step; got {index_fn!r}.")
+    if not isinstance(links, Sequence) or isinstance(links, optax.GradientTransformation):
+        raise TypeError(f"links must be a sequence of transformations; got {links!r}.")
+    if not links:
+        raise ValueError("links must hold at least one link; got an empty sequence.")
+    return _switch(index_fn, {f"link {index}": link for index, link in enumerate(links)})
+
+
+def _switch(
+    index_fn: Callable[[jax.Array], jax.typing.ArrayLike], named_links: Mapping[str, optax.GradientTransformation]
+) -> optax.GradientTransformationExtraArgs:
+    names = list(named_links)
+    links = [as_link(name, link) for name, link in named_links.items()]
+
+    def init(params):
+        return SwitchState(switch_step=jnp.zeros([], jnp.int32), link_states=tuple(link.init(params) for link in links))
+
+    def update(updates, state, params=None, **extra_args):
+        def branch(position):
+            def run():
+                states = list(state.link_states)
+                outputs, states[position] = links[position].update(updates, states[position], params, **extra_args)
+                return outputs, tuple(states)
+
+            return run
+
+        branches = [branch(position) for position in range(len(links))]
+        index = _checked_index(index_fn(state.switch_step))
+        try:
+            outputs, states = jax.lax.switch(index, branches)
+        except TypeError:
+            _explain_difference(names, branches)
+            raise
+        next_step = jnp.asarray(optax.safe_increment(state.switch_step))
+        return outputs, SwitchState(switch_step=next_step, link_states=states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked_index(index: jax.typing.ArrayLike) -> jax.Array:
+    index = jnp.asarray(index)
+    if index.shape:
+        raise ValueError(f"index_fn must return a scalar; got an array of shape {index.shape}.")
+    if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool):
+        raise TypeError(f"index_fn must return an integer or a boolean; got dtype {index.dtype}.")
+    return index.astype(jnp.int32)
+
+
+def _explain_difference(names: Sequence[str], branches: Sequence[Callable[[], Any]]) -> None:
+    """Raises a ValueError if two branches return different things; returns where that was not the trouble."""
+    first, *others = [jax.eval_shape(branch) for branch in branches]
+    for name, other in zip(names[1:], others, strict=True):
+        pair = f"{names[0]} and {name} of a switch must return the same kind of update and state"
+        if jax.tree.structure(first) != jax.tree.structure(other):
+            raise ValueError(f"{pair}; got structures {jax.tree.structure(first)} and {jax.tree.structure(other)}.")
+        for (path, a), b in zip(jax.tree.leaves_with_path(first), jax.tree.leaves(other), strict=True):
+            if jax.typeof(a) != jax.typeof(b):
+                raise ValueError(
+                    f"{pair}; at {jax.tree_util.keystr(path)} of (update, state) they are {jax.typeof(a)} and "
+                    f"{jax.typeof(b)}. A combinator that averages, such as micro_batched, belongs around the switch: "
+                    "`micro_batched(switch_at({...}))`."
+                )

@@ -1,0 +1,211 @@
+r"""The link: from the clean gradient g to the SAM gradient s, with any ascent.
+
+``sharpness_aware(ascent)`` is the only place that evaluates gradients. It stands first in an Optax chain; everything
+behind it (clipping, weight decay, momentum, schedules) acts on s and needs no change.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam.ascent import NO_PARAMS_MESSAGE, widen
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of :func:`sharpness_aware`.
+
+    Attributes:
+        ascent_state: state of the ascent, advanced once per update.
+    """
+
+    ascent_state: optax.OptState
+
+
+def sharpness_aware(
+    ascent: optax.GradientTransformation,
+    *,
+    steps: int = 1,
+    projection: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient at w by the gradient at w + ε.
+
+    .. math::
+        s = \nabla L(w + \varepsilon), \qquad \varepsilon = \mathrm{ascent}(\nabla L(w))
+
+    With ``steps`` > 1 the ascent is repeated from the perturbed point and its outputs are added up,
+    :math:`\varepsilon_{k+1} = \Pi(\varepsilon_k + \mathrm{ascent}(\nabla L(w + \varepsilon_k)))`; the ascent's state
+    advances once per update, so that a schedule of rho counts training steps.
+
+    ``update(updates, state, params, *, grad_fn=None, value_fn=None, batch=None, **extra_args)`` takes the clean
+    gradient as ``updates`` and evaluates ``steps`` more gradients:
+
+    - ``grad_fn(params)`` returns a gradient like ``updates``; with ``batch`` given it is called as ``grad_fn(params,
+      batch)``, so that ``jax.grad(loss_fn)`` itself can be passed;
+    - ``value_fn``, a scalar function of the same arguments, is differentiated where ``grad_fn`` is not given. Optax's
+      line searches take it too, which makes ``optax.chain(sam(0.05), optax.lbfgs())`` possible.
+
+    A leaf of the params narrower than float32 is rounded stochastically at w + ε, or ε of the usual size would round
+    away: the rounding is a fixed function of w and ε, unbiased over the elements, and makes ε longer than asked.
+
+    Args:
+        ascent: transformation from g to ε. It sees the point its gradient was taken at as ``params``.
+        steps: number of ascents, ≥ 1.
+        projection: applied to ε after each ascent, for example
+            ``functools.partial(optax.projections.projection_l2_ball, scale=0.1)``.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` from g to s. The params it was given are never changed.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or ``grad_fn`` returns a tuple, as ``jax.value_and_grad`` does.
+        ValueError: steps < 1; at ``update``: params missing, neither ``grad_fn`` nor ``value_fn`` given, or ``grad_fn``
+            returns a tree of another structure or leaves of other shapes than the params.
+
+    Example:
+        >>> import optax
+        >>> loss_fn = lambda w: jnp.sum(w**4)
+        >>> link = sharpness_aware(optax.scale(0.01))
+        >>> params = jnp.array([1.0, 2.0])
+        >>> grads, _ = link.update(jax.grad(loss_fn)(params), link.init(params), params, grad_fn=jax.grad(loss_fn))
+        >>> print([f"{g:.3f}" for g in grads])
+        ['4.499', '49.949']
+
+    Reference:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+    ascent = as_link("ascent", ascent)
+    check_positive_int("steps", steps)
+    if projection is not None and not callable(projection):
+        raise TypeError(f"projection must be a function of the perturbation, or None; got {projection!r}.")
+
+    def init(params):
+        return SharpnessAwareState(ascent_state=ascent.init(params))
+
+    def update(updates, state, params=None, *, grad_fn=None, value_fn=None, batch=None, **extra_args):
+        if params is None:
+            raise ValueError(NO_PARAMS_MESSAGE)
+        gradient_at = _gradient_function(grad_fn, value_fn, batch)
+        _check_gradient("updates", updates, params)
+        gradient, ascent_state = updates, state.ascent_state
+        perturbation, point = None, params
+        for step in range(steps):
+            climb, next_state = ascent.update(gradient, state.ascent_state, point, **extra_args)
+            if step == 0:
+                perturbation, ascent_state = climb, next_state
+            else:
+                perturbation = optax.tree.add(perturbation, climb)
+            if projection is not None:
+                perturbation = optax.tree.cast_like(projection(perturbation), perturbation)
+            point = _displaced(params, perturbation, like=updates)
+            gradient = gradient_at(point)
+            _check_gradient("the gradient that grad_fn returned", gradient, params)
+        return gradient, SharpnessAwareState(ascent_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any) -> Callable[[Any], Any]:
+    """The function params → gradient that the keywords of ``update`` describe."""
+    for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function of the params; got {function!r}.")
+    if grad_fn is None:
+        if value_fn is None:
+            raise ValueError(
+                "A sharpness-aware update evaluates the gradient again, and got neither grad_fn nor value_fn. Call "
+                "`tx.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)` or pass `value_fn=loss_fn`."
+            )
+        grad_fn = jax.grad(value_fn)
+    return grad_fn if batch is None else lambda params: grad_fn(params, batch)
+
+
+def _check_gradient(what: str, gradient: Any, params: Any) -> None:
+    """Raises unless gradient has the structure and shapes of params."""
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(params, is_leaf=_is_masked)):
+        raise ValueError(
+            "The params contain optax.MaskedNode: this link stands inside optax.masked or optax.partition, where the "
+            "loss cannot be evaluated. Put the link before them, `optax.chain(sam(rho), optax.masked(...))`; to "
+            "perturb only some of the leaves use the `mask` argument of the recipes."
+        )
+    if jax.tree.structure(gradient) != jax.tree.structure(params):
+        if isinstance(gradient, tuple) and not isinstance(params, tuple):
+            raise TypeError(
+                f"{what} is a tuple of length {len(gradient)}, as functions made by jax.value_and_grad or with "
+                "has_aux=True return; pass a function that returns the gradient alone, such as jax.grad(loss_fn)."
+            )
+        raise ValueError(
+            f"{what} must have the tree structure of the params; got {jax.tree.structure(gradient)} for params of "
+            f"structure {jax.tree.structure(params)}."
+        )
+    for (path, leaf), param in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(params), strict=True):
+        if jnp.shape(leaf) != jnp.shape(param):
+            raise ValueError(
+                f"{what} must have the shapes of the params; got {jnp.shape(leaf)} for a param of shape "
+                f"{jnp.shape(param)} at {jax.tree_util.keystr(path) or 'the only leaf'}."
+            )
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _displaced(params: Any, perturbation: Any, like: Any) -> Any:
+    """params + perturbation, varying over the same mapped axes as the leaves of ``like``.
+
+    Under ``shard_map`` the gradient at a point that does not vary over an axis is summed over that axis. A leaf that
+    the ascent leaves alone would be such a point, and its gradient too large by the number of devices.
+    """
+    return jax.tree.map(
+        lambda w, e, g: vary(_moved(jnp.asarray(w), jnp.asarray(e)), varying_axes(g)), params, perturbation, like
+    )
+
+
+def _moved(param: jax.Array, step: jax.Array) -> jax.Array:
+    """param + step in the param's dtype; below 32 bits rounded up or down with probabilities that keep the mean."""
+    if jnp.finfo(param.dtype).bits >= 32:
+        return param + step.astype(param.dtype)
+    exact = widen(param) + widen(step).astype(jnp.float32)
+    nearest = exact.astype(param.dtype)
+    away = jnp.where(exact > widen(nearest), jnp.inf, -jnp.inf).astype(param.dtype)
+    other = jnp.nextafter(nearest, away)
+    chance = jnp.abs(exact - widen(nearest)) / jnp.abs(widen(other) - widen(nearest))
+    return jnp.where(_hash_uniform(widen(param), exact) < chance, other, nearest)
+
+
+def _hash_uniform(x: jax.Array, y: jax.Array) -> jax.Array:
+    """A fixed number in [0, 1) for each pair of float32 elements: no key, no state, the same on every device."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) * jnp.uint32(0x9E3779B1)
+    bits = bits ^ jax.lax.bitcast_convert_type(y, jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
+    """The mapped axes over which ``shard_map`` knows x to vary; empty where it does not check."""
+    return jax.typeof(x).mat.varying
+
+
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """x, marked as varying over the axes too."""
+    missing = tuple(sorted(set(axes) - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation, made to accept extra arguments."""
+    if not isinstance(transformation, optax.GradientTransformation):
+        raise TypeError(f"{name} must be an optax.GradientTransformation; got {transformation!r}.")
+    return optax.with_extra_args_support(transformation)
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises unless value is an int ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {name}={value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {name}={value}.")
