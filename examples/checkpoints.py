@@ -1,0 +1,60 @@
+"""Checkpoints with Orbax: a run that is killed and started again goes on where it was."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+EMPTY_HISTORY = {"test_accuracy": [], "gradients_per_step": []}
+
+
+class Checkpoints:
+    """The checkpoints of one network, one per epoch, the last two kept. Without a folder nothing is kept."""
+
+    def __init__(self, folder: pathlib.Path | None) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = None if folder is None else ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.manager is not None:
+            self.manager.close()
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, list[float]]]:
+        """The state and history that were saved last, or this state and an empty history."""
+        if self.manager is None or self.manager.latest_step() is None:
+            return state, {name: [] for name in EMPTY_HISTORY}
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), history=ocp.args.JsonRestore())
+        restored = self.manager.restore(self.manager.latest_step(), args=items)
+        return restored["state"], restored["history"]
+
+    def save(self, epoch: int, state: Any, history: dict[str, list[float]]) -> None:
+        """Saves in the background; a checkpoint that is not complete when the process dies does not count."""
+        if self.manager is not None:
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history))
+            self.manager.save(epoch, args=items)
+
+
+def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a run into its checkpoint folder, or checks that they are the same.
+
+    Raises:
+        ValueError: the folder holds checkpoints of a run with other settings.
+    """
+    path = folder / "settings.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+        return
+    saved = json.loads(path.read_text())
+    changed = [name for name in settings if saved.get(name) != settings[name]]
+    if changed:
+        differences = ", ".join(f"{name} {saved.get(name)} → {settings[name]}" for name in changed)
+        raise ValueError(
+            f"{folder} holds checkpoints of a run with other settings ({differences}); choose another folder"
+        )

@@ -1,0 +1,100 @@
+"""What a run leaves behind: a table for the terminal, results.json and comparison.png."""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+COLORS = {
+    "sgd": "#555555",
+    "sam": "#0072b2",
+    "usam": "#56b4e9",
+    "asam": "#cc79a7",
+    "msam": "#d55e00",
+    "stable_sam": "#009e73",
+    "late_sam": "#e69f00",
+}
+
+
+def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; no deviation of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line per method, fit for 80 columns."""
+    lines = [
+        f"{'method':<11}{'test accuracy':>16}{'train loss':>12}{'m-sharpness':>13}{'gradients':>11}{'step time':>11}",
+        f"{'':<11}{'% (± sd)':>16}{'':>12}{'':>13}{'per step':>11}{'× SGD':>11}",
+    ]
+    for method, result in results["methods"].items():
+        mean, sd = mean_and_sd([100 * run["test_accuracy"] for run in result["seeds"]])
+        accuracy = f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "")
+        columns = [mean_and_sd([run[key] for run in result["seeds"]])[0] for key in ("train_loss", "m_sharpness")]
+        lines.append(
+            f"{method:<11}{accuracy:>16}{columns[0]:>12.4f}{columns[1]:>13.4f}"
+            f"{result['gradients_per_step']:>11.2f}{result['step_time_ratio']:>11.2f}"
+        )
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """The command, versions and hardware behind the numbers."""
+    packages = ("jax", "jaxlib", "optax", "flax", "optax_sam")
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "hardware": {"device": device.device_kind, "devices": jax.device_count(), "cpu_cores": os.cpu_count()},
+    }
+
+
+def write(results: dict[str, Any], folder: pathlib.Path) -> None:
+    """Writes results.json and comparison.png into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    figure = comparison(results)
+    figure.savefig(folder / "comparison.png", dpi=150)
+    plt.close(figure)
+
+
+def comparison(results: dict[str, Any]) -> Figure:
+    """Test accuracy against gradient evaluations and per epoch: means over seeds, with the deviation at the end."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    lowest, highest = [], []
+    for number, (method, result) in enumerate(results["methods"].items()):
+        accuracy = 100 * np.array([run["history"]["test_accuracy"] for run in result["seeds"]])
+        per_step = np.mean([run["history"]["gradients_per_step"] for run in result["seeds"]], axis=0)
+        gradients = np.cumsum(per_step) * results["counts"]["steps_per_epoch"]
+        epochs = np.arange(1, accuracy.shape[1] + 1)
+        mean = accuracy.mean(axis=0)
+        end, sd = mean_and_sd(accuracy[:, -1].tolist())
+        lowest.append(min(mean[len(mean) // 5], end - (sd or 0)))
+        highest.append(max(mean.max(), end + (sd or 0)))
+        for axis, x in zip(axes, (gradients, epochs), strict=True):
+            axis.plot(x, mean, label=method, color=COLORS[method], linewidth=1.6)
+            aside = x[-1] * (1 + 0.015 * (number + 1))
+            axis.errorbar(aside, end, yerr=sd, color=COLORS[method], marker="o", markersize=4, capsize=2)
+    margin = 0.05 * (max(highest) - min(lowest)) + 0.05
+    axes[0].set_ylim(min(lowest) - margin, max(highest) + margin)
+    axes[0].set(xlabel="gradient evaluations (batches)", ylabel="test accuracy (%)", title="at equal cost")
+    axes[1].set(xlabel="epoch", title="at equal epochs")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    settings = results["settings"]
+    seeds = "1 seed" if settings["seeds"] == 1 else f"mean of {settings['seeds']} seeds, ± sd at the end"
+    figure.suptitle(f"{settings['dataset']}, {settings['model']}, {settings['base']}: {seeds}")
+    return figure
