@@ -16,6 +16,7 @@ import optax
 
 from optax_sam.ascent import widen
 from optax_sam.averaging import axis_is_checked, check_axis_name, leading_size, mean_of_stack, mean_over_axis
+from optax_sam.convolution import canonicalized
 from optax_sam.transform import as_link, check_positive_int, vary
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
@@ -220,7 +221,7 @@ def _mean_over_shards(
     first = evaluate_at(0)
     total = jax.tree.map(lambda x: widen(x) if _is_float(x) else x, first)
     if strategy == "scan" or (strategy == "auto" and num_shards > MAX_UNROLLED):
-        total = jax.lax.fori_loop(1, num_shards, add, total)
+        total = jax.lax.fori_loop(1, num_shards, canonicalized(add), total)
     else:
         for index in range(1, num_shards):
             total = add(index, total)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_sam.convolution import canonicalized
 from optax_sam.transform import as_link
 
 
@@ -129,7 +130,7 @@ def _switch(
 
             return run
 
-        branches = [branch(position) for position in range(len(links))]
+        branches = [canonicalized(branch(position)) for position in range(len(links))]
         index = _checked_index(index_fn(state.switch_step))
         try:
             outputs, states = jax.lax.switch(index, branches)
