@@ -104,7 +104,10 @@ class Experiment:
         )
 
     def make_step(self, method: str, counter: GradientCounter | None = None) -> Any:
-        """One training step for every method: ``(state, indices of the batch, key) -> (state, loss)``."""
+        """One training step for every method: ``(state, images, labels, batch, key) -> (state, loss)``.
+
+        ``batch`` holds indices into the training set, which stays on the device.
+        """
 
         def loss_fn(params, batch):
             loss = self.loss_fn(params, batch)
@@ -116,21 +119,21 @@ class Experiment:
         augments = self.images.shape[-1] == 3
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def step(state, indices, key):
-            images = crop_and_flip(key, self.images[indices]) if augments else self.images[indices]
-            batch = images, self.labels[indices]
-            loss, grads, link_state = estimator.value_and_grad(state.params, state.link_state, batch)
+        def step(state, images, labels, batch, key):
+            inputs = crop_and_flip(key, images[batch]) if augments else images[batch]
+            loss, grads, link_state = estimator.value_and_grad(state.params, state.link_state, (inputs, labels[batch]))
             return state.apply_gradients(grads=grads, link_state=link_state), loss
 
         return step
 
-    def batches(self, seed: int, epoch: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Indices and keys of an epoch's batches, the same for all methods and for a run that was resumed."""
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[jax.Array, ...]]:
+        """What the steps of an epoch take behind the state, the same for all methods and for a run that was resumed."""
         order = np.random.default_rng((seed, epoch)).permutation(len(self.images))
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), self.steps_per_epoch)
         for index in range(self.steps_per_epoch):
             start = index * self.settings.batch_size
-            yield jnp.asarray(order[start : start + self.settings.batch_size]), keys[index]
+            batch = jnp.asarray(order[start : start + self.settings.batch_size])
+            yield self.images, self.labels, batch, keys[index]
 
     def _evaluate_batch(self, params, images, labels):
         logits = self.model.apply({"params": params}, images)
@@ -194,7 +197,7 @@ class CompiledMethod:
         self.compile_seconds = time.perf_counter() - start
         self.counted_step = experiment.make_step(method, self.counter)
 
-    def count_gradients(self, state: TrainState, batch: tuple[jax.Array, jax.Array]) -> float:
+    def count_gradients(self, state: TrainState, batch: tuple[jax.Array, ...]) -> float:
         """The gradients of a full batch that one step executes, counted on a copy of the state."""
         before = self.counter.examples
         jax.block_until_ready(self.counted_step(jax.tree.map(jnp.copy, state), *batch))
