@@ -112,13 +112,19 @@ def gradient_estimator(
     check_axis_name(axis_name)
 
     def value_and_grad(params, state, /, *args, **kwargs):
+        unsummed = {axis_name} if axis_name is not None and axis_is_checked(axis_name) else set()
+
+        def local(point):
+            """The point, marked as varying over the axis: its gradient is then this member's own, not their sum."""
+            return jax.tree.map(lambda w: vary(jnp.asarray(w), unsummed), point) if unsummed else point
+
         def apply_link(average):
             """Value, gradient and state of the link, where ``average`` runs over all the losses that share one ε."""
 
             def grad_fn(point):
-                return average(lambda loss: _gradient(loss, has_aux)(_local(point, axis_name)))
+                return average(lambda loss: _gradient(loss, has_aux)(local(point)))
 
-            value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=has_aux)(_local(params, axis_name)))
+            value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=has_aux)(local(params)))
             return value, *link.update(clean, state, params, grad_fn=grad_fn)
 
         def over_micro_batches(evaluate):
@@ -185,13 +191,6 @@ def _gradient(loss: Callable[[Any], Any], has_aux: bool) -> Callable[[Any], Any]
     """The gradient of loss alone."""
     gradient = jax.grad(loss, has_aux=has_aux)
     return (lambda params: gradient(params)[0]) if has_aux else gradient
-
-
-def _local(params: Any, axis_name: str | None) -> Any:
-    """The params, marked as varying over the axis where that is tracked: their gradient is then this member's own."""
-    if axis_name is None or not axis_is_checked(axis_name):
-        return params
-    return jax.tree.map(lambda w: vary(jnp.asarray(w), {axis_name}), params)
 
 
 def _mean_over_shards(

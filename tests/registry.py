@@ -1,0 +1,81 @@
+"""Every recipe and combinator with arguments: the members that the contract suite runs over."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_sam
+
+MICRO_BATCHES = 4
+SWITCH = 2
+
+
+class Member(NamedTuple):
+    """One member of the family.
+
+    Attributes:
+        name: id of its tests.
+        make: from rho (a scalar or a schedule) to the link.
+        extra_gradients: gradients that an update evaluates besides the clean one, at steps 0, 1, 2 and 3.
+        stacked: whether updates and batch carry a leading axis of micro-batches.
+        scale_free: whether scaling the loss leaves the direction and length of ε as they are.
+        renormalizes: whether what comes out is as long as the clean gradient.
+    """
+
+    name: str
+    make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformationExtraArgs]
+    extra_gradients: tuple[int, int, int, int] = (1, 1, 1, 1)
+    stacked: bool = False
+    scale_free: bool = True
+    renormalizes: bool = False
+
+
+def _matrices(params):
+    return jax.tree.map(lambda w: jnp.ndim(w) > 1, params)
+
+
+def _multi_step(rho):
+    projection = functools.partial(optax.projections.projection_l2_ball, scale=0.15)
+    return optax_sam.sharpness_aware(optax_sam.normalized_ascent(rho), steps=3, projection=projection)
+
+
+def _momentum_ascent(rho):
+    return optax_sam.sharpness_aware(optax.chain(optax.ema(0.9), optax_sam.normalized_ascent(rho)))
+
+
+def _phases(rho):
+    return optax_sam.switch_at({0: optax.identity(), 1: optax_sam.usam(rho), SWITCH: optax_sam.stable_sam(rho)})
+
+
+def _every_other(rho):
+    return optax_sam.switch_by(lambda step: step % 2 == 1, [optax.identity(), optax_sam.asam(rho)])
+
+
+MEMBERS = [
+    Member("sam", optax_sam.sam),
+    Member("sam-masked", lambda rho: optax_sam.sam(rho, mask=_matrices)),
+    Member("usam", optax_sam.usam, scale_free=False),
+    Member("asam", optax_sam.asam),
+    Member("asam-eta0", lambda rho: optax_sam.asam(rho, eta=0.0)),
+    Member("stable_sam", optax_sam.stable_sam, renormalizes=True),
+    Member("stable_sam-truncated", lambda rho: optax_sam.stable_sam(rho, max_scale=1.0)),
+    Member("renormalized-asam", lambda rho: optax_sam.renormalized(optax_sam.asam(rho)), renormalizes=True),
+    Member("multi-step", _multi_step, extra_gradients=(3, 3, 3, 3)),
+    Member("momentum-ascent", _momentum_ascent),
+    Member("msam", optax_sam.msam, stacked=True),
+    Member("micro_batched-stable", lambda rho: optax_sam.micro_batched(optax_sam.stable_sam(rho)), stacked=True),
+    Member("late-sam", lambda rho: optax_sam.late(optax_sam.sam(rho), SWITCH), extra_gradients=(0, 0, 1, 1)),
+    Member(
+        "late-msam",
+        lambda rho: optax_sam.micro_batched(optax_sam.late(optax_sam.sam(rho), SWITCH)),
+        extra_gradients=(0, 0, 1, 1),
+        stacked=True,
+    ),
+    Member("late-momentum-ascent", lambda rho: optax_sam.late(_momentum_ascent(rho), SWITCH), (0, 0, 1, 1)),
+    Member("switch_at", _phases, extra_gradients=(0, 1, 1, 1), scale_free=False),
+    Member("switch_by", _every_other, extra_gradients=(0, 1, 0, 1)),
+]

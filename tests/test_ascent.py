@@ -1,0 +1,152 @@
+"""Ascents: from a gradient to a perturbation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close
+
+import optax_sam
+from optax_sam.ascent import global_norm
+
+ASCENTS = {
+    "normalized": optax_sam.normalized_ascent,
+    "unnormalized": optax_sam.unnormalized_ascent,
+    "adaptive": optax_sam.adaptive_ascent,
+}
+every_ascent = pytest.mark.parametrize("make", ASCENTS.values(), ids=ASCENTS)
+every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+
+
+def climb(ascent, grads, params):
+    return ascent.update(grads, ascent.init(params), params)[0]
+
+
+@every_ascent
+@every_dtype
+def test_zero_gradient_gives_zero_and_finite_derivatives(make, dtype):
+    params = {"a": jnp.ones(3, dtype), "b": None, "c": jnp.zeros((2, 2), dtype)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    epsilon = climb(make(0.1), grads, params)
+    assert jax.tree.structure(epsilon) == jax.tree.structure(params)
+    assert all(leaf.dtype == dtype and not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(epsilon))
+    derivative = jax.grad(
+        lambda g: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(climb(make(0.1), g, params)))
+    )
+    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(derivative(grads)))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_length_is_rho_for_gradients_of_any_size(scale):
+    grads = {"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])}
+    epsilon = climb(optax_sam.normalized_ascent(0.05), grads, grads)
+    assert_close(epsilon, {"a": jnp.array([0.03, 0.0]), "b": jnp.array([[0.04]])})
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(jnp.float16, 1e-5), (jnp.float16, 1e4), (jnp.bfloat16, 1.0)])
+def test_norms_of_narrow_dtypes_are_accumulated_in_float32(dtype, scale):
+    tree = {"a": jnp.full(500_000, scale, dtype), "b": jnp.full(500_000, scale, dtype)}
+    expected = np.linalg.norm(np.concatenate([np.asarray(x, np.float64) for x in tree.values()]))
+    norm = global_norm(tree)
+    assert norm.dtype == jnp.float32
+    np.testing.assert_allclose(float(norm), expected, rtol=1e-5)
+
+
+def test_norm_of_complex_leaves_and_of_nothing():
+    np.testing.assert_allclose(float(global_norm({"z": jnp.array([3 + 4j]), "r": jnp.array([12.0])})), 13.0, rtol=1e-6)
+    assert float(global_norm({})) == 0.0
+    assert float(global_norm({"empty": jnp.zeros((0, 3))})) == 0.0
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_non_finite_gradient_stays_visible(bad):
+    grads = jnp.array([1.0, bad])
+    assert not np.all(np.isfinite(climb(optax_sam.normalized_ascent(0.1), grads, grads)))
+
+
+@every_ascent
+def test_splitting_a_leaf_changes_nothing(make):
+    grads, params = jnp.arange(1.0, 7.0), jnp.linspace(-1.0, 1.0, 6)
+    whole = climb(make(0.3), grads, params)
+    parts = climb(make(0.3), [grads[:2], grads[2:]], [params[:2], params[2:]])
+    assert_close(jnp.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("name", ["normalized", "adaptive"])
+def test_scaling_the_loss_changes_nothing(name):
+    grads, params = jnp.arange(1.0, 7.0), jnp.linspace(-1.0, 1.0, 6)
+    ascent = ASCENTS[name](0.3)
+    assert_close(climb(ascent, 1e5 * grads, params), climb(ascent, grads, params))
+
+
+def test_adaptive_ascent_has_length_rho_in_units_of_the_params():
+    params, grads = jnp.array([2.0, -0.5, 0.0]), jnp.array([1.0, -2.0, 3.0])
+    epsilon = climb(optax_sam.adaptive_ascent(0.3, eta=0.1), grads, params)
+    np.testing.assert_allclose(np.linalg.norm(epsilon / (np.abs(params) + 0.1)), 0.3, rtol=1e-6)
+    assert np.all(np.sign(epsilon) == np.sign(grads))
+
+
+@every_ascent
+def test_schedule_counts_updates(make):
+    grads = params = jnp.array([3.0, 4.0])
+    ascent = make(lambda step: 0.1 * (step + 1))
+    state = ascent.init(params)
+    for step in range(3):
+        assert state.ascent_step.dtype == jnp.int32
+        assert int(state.ascent_step) == step
+        epsilon, state = ascent.update(grads, state, params)
+        assert_close(epsilon, climb(make(0.1 * (step + 1)), grads, params))
+
+
+@every_ascent
+def test_strict_dtype_promotion_is_enough(make):
+    params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2, jnp.float32)}
+    with jax.numpy_dtype_promotion("strict"):
+        epsilon = jax.jit(lambda g, p: climb(make(jnp.float32(0.1)), g, p))(params, params)
+    assert [leaf.dtype for leaf in jax.tree.leaves(epsilon)] == [jnp.bfloat16, jnp.float32]
+
+
+def test_ascents_compose_with_optax():
+    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.unnormalized_ascent(1.0))
+    params, state = jnp.zeros(1), ascent.init(jnp.zeros(1))
+    for expected in (0.5, 0.75):
+        epsilon, state = ascent.update(jnp.ones(1), state, params)
+        assert float(epsilon[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: optax_sam.normalized_ascent(-0.1), ValueError, r"rho must be finite and at least 0; got rho=-0\.1"),
+        (
+            lambda: optax_sam.unnormalized_ascent(float("nan")),
+            ValueError,
+            "rho must be finite and at least 0; got rho=nan",
+        ),
+        (lambda: optax_sam.normalized_ascent(float("inf")), ValueError, "rho must be finite"),
+        (lambda: optax_sam.normalized_ascent("0.1"), TypeError, "rho must be a real scalar or a schedule; got '0.1'"),
+        (lambda: optax_sam.normalized_ascent(None), TypeError, "rho must be a real scalar or a schedule; got None"),
+        (lambda: optax_sam.normalized_ascent(True), TypeError, "rho must be a real scalar or a schedule; got True"),
+        (lambda: optax_sam.normalized_ascent(np.ones(2)), TypeError, "rho must be a real scalar or a schedule"),
+        (
+            lambda: optax_sam.normalized_ascent(jnp.ones(2)),
+            ValueError,
+            r"rho must be a scalar; got an array of shape \(2,\)",
+        ),
+        (lambda: optax_sam.adaptive_ascent(0.1, eta=-1), ValueError, "eta must be finite and at least 0; got eta=-1"),
+        (
+            lambda: optax_sam.adaptive_ascent(0.1, eta=optax.constant_schedule(1.0)),
+            TypeError,
+            "eta must be a real scalar;",
+        ),
+        (
+            lambda: optax_sam.adaptive_ascent(0.1).update(jnp.ones(1), optax.EmptyState()),
+            ValueError,
+            "You are using a transformation that requires the current value of parameters",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,252 @@
+"""The estimator: loss, clean gradient and link in one call, at two gradients per example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import (
+    GradientCounter,
+    assert_close,
+    assert_identical,
+    cnn_batch,
+    cnn_loss,
+    cnn_params,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    split,
+)
+
+import optax_sam
+
+PARAMS, BATCH = mlp_params(), mlp_batch()
+STRATEGIES = ["vmap", "scan", "unroll", "auto"]
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def estimate(link, params=PARAMS, batch=BATCH, loss_fn=mlp_loss, **options):
+    return jax.jit(optax_sam.value_and_grad(loss_fn, link, **options))(params, batch)
+
+
+def test_identity_is_jax_value_and_grad_bit_for_bit():
+    assert_identical(estimate(optax.identity()), jax.jit(jax.value_and_grad(mlp_loss))(PARAMS, BATCH))
+
+
+def test_calls_and_results_are_those_of_jax_value_and_grad():
+    loss_fn = lambda w, x, scale=1.0, *, shift: (jnp.sum((w * x * scale - shift) ** 2), {"shift": shift})  # noqa: E731
+    ours = optax_sam.value_and_grad(loss_fn, optax.identity(), has_aux=True)
+    theirs = jax.value_and_grad(loss_fn, has_aux=True)
+    assert_identical(ours(jnp.ones(2), jnp.ones(2), 3.0, shift=2.0), theirs(jnp.ones(2), jnp.ones(2), 3.0, shift=2.0))
+    no_batch = optax_sam.value_and_grad(lambda w: jnp.sum(w**2), optax_sam.sam(0.5))
+    assert_close(no_batch(jnp.array([3.0, 4.0]))[1], 2 * 1.1 * jnp.array([3.0, 4.0]))
+
+
+@every_strategy
+@pytest.mark.parametrize(
+    ("loss_fn", "params", "batch", "num_micro_batches"),
+    [
+        (mlp_loss, PARAMS, BATCH, 1),
+        (mlp_loss, PARAMS, BATCH, 2),
+        (mlp_loss, PARAMS, BATCH, 8),
+        (cnn_loss, cnn_params(), cnn_batch(), 4),
+    ],
+    ids=["mlp-1", "mlp-2", "mlp-8", "cnn-4"],
+)
+def test_micro_batches_are_those_of_the_chain(strategy, num_micro_batches, loss_fn, params, batch):
+    loss, grads = estimate(
+        optax_sam.sam(0.2), params, batch, loss_fn, num_micro_batches=num_micro_batches, strategy=strategy
+    )
+    micro_batches, grad_fn = split(batch, num_micro_batches), jax.grad(loss_fn)
+    link = optax_sam.msam(0.2)
+    stacked = jax.vmap(grad_fn, in_axes=(None, 0))(params, micro_batches)
+    expected, _ = link.update(stacked, link.init(params), params, grad_fn=grad_fn, batch=micro_batches)
+    assert_close(grads, expected)
+    assert_close(loss, loss_fn(params, batch))
+
+
+@every_strategy
+@pytest.mark.parametrize("ascent_per", ["batch", "device"])
+@pytest.mark.parametrize("link", [optax_sam.sam(0.2), optax_sam.stable_sam(0.2), optax_sam.late(optax_sam.sam(0.2), 0)])
+def test_gradient_accumulation_is_sam_on_the_whole_batch(strategy, ascent_per, link):
+    options = {"num_micro_batches": 4, "strategy": strategy, "ascent_per": ascent_per}
+    estimator = optax_sam.gradient_estimator(mlp_loss, link, **options)
+    loss, grads, _ = jax.jit(estimator.value_and_grad)(PARAMS, estimator.init(PARAMS), BATCH)
+    grad_fn = jax.grad(mlp_loss)
+    expected, _ = link.update(grad_fn(PARAMS, BATCH), link.init(PARAMS), PARAMS, grad_fn=grad_fn, batch=BATCH)
+    assert_close((loss, grads), (mlp_loss(PARAMS, BATCH), expected))
+
+
+@every_strategy
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_two_gradients_per_example_and_one_before_the_switch(strategy, ascent_per, num_micro_batches):
+    counter = GradientCounter()
+    micro_batch_size = len(BATCH["y"]) // num_micro_batches
+    estimator = optax_sam.gradient_estimator(
+        counter.counted(mlp_loss, num_examples=micro_batch_size),
+        optax_sam.late(optax_sam.sam(0.1), 2),
+        num_micro_batches=num_micro_batches,
+        strategy=strategy,
+        ascent_per=ascent_per,
+    )
+    run, state, counts = jax.jit(estimator.value_and_grad), estimator.init(PARAMS), []
+    for _ in range(4):
+        _, _, state = run(PARAMS, state, BATCH)
+        counts.append(counter.take() / len(BATCH["y"]))
+    assert counts == [1, 1, 2, 2]
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "unroll"])  # of a loop XLA counts the body once
+def test_flops_of_msam_are_those_of_sam(strategy):
+    def flops(link, num_micro_batches):
+        function = optax_sam.value_and_grad(mlp_loss, link, num_micro_batches=num_micro_batches, strategy=strategy)
+        program = jax.jit(function).lower(PARAMS, mlp_batch(size=2048)).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops(optax_sam.sam(0.1), 4) <= 2.02 * flops(optax.identity(), 1)
+
+
+@every_strategy
+def test_aux_is_that_of_the_clean_pass_averaged_or_from_the_first(strategy):
+    def loss_fn(w, batch):
+        aux = {"mean": jnp.mean(batch) * w, "first": batch[0].astype(jnp.int32), "flag": batch[0] > 0, "none": None}
+        return jnp.mean(w * batch) ** 2, aux
+
+    batch = jnp.array([1.0, 2.0, 5.0, 10.0])
+    (loss, aux), _ = estimate(
+        optax_sam.sam(5.0), jnp.ones([]), batch, loss_fn, has_aux=True, num_micro_batches=2, strategy=strategy
+    )
+    assert float(loss) == (1.5**2 + 7.5**2) / 2
+    assert aux == {"mean": 4.5, "first": 1, "flag": True, "none": None}
+    assert aux["first"].dtype == jnp.int32
+
+
+@every_strategy
+def test_keys_are_folded_per_micro_batch_and_the_same_in_both_passes(strategy):
+    drawn = []
+
+    def loss_fn(w, batch, key, not_a_key, *, also):
+        noise = jax.random.uniform(key)
+        jax.debug.callback(lambda *x: drawn.append(tuple(float(value) for value in x)), noise, batch[0])
+        assert not_a_key == "text"
+        return jnp.mean(w * batch) * noise * also[0]
+
+    function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(0.1), num_micro_batches=4, strategy=strategy)
+    key = jax.random.key(7)
+    jax.jit(lambda w, b, k: function(w, b, k, "text", also=[jnp.ones([])]))(jnp.ones([]), jnp.arange(1.0, 9.0), key)
+    jax.effects_barrier()
+    expected = [(float(jax.random.uniform(jax.random.fold_in(key, j))), 2.0 * j + 1) for j in range(4)]
+    assert sorted(set(drawn), key=lambda pair: pair[1]) == expected
+    assert len(drawn) == 8
+
+
+def test_key_of_a_whole_batch_is_unchanged():
+    loss_fn = lambda w, batch, key: jnp.sum(w * batch) * jax.random.uniform(key)  # noqa: E731
+    arguments = jnp.ones([]), jnp.ones(4), jax.random.key(3)
+    ours = optax_sam.value_and_grad(loss_fn, optax.identity())(*arguments)
+    assert_identical(ours, jax.value_and_grad(loss_fn)(*arguments))
+
+
+@every_strategy
+def test_batches_of_keys_and_numpy_arrays_are_split(strategy):
+    loss_fn = lambda w, batch: w * jnp.mean(jax.vmap(jax.random.uniform)(batch["keys"]) * batch["x"])  # noqa: E731
+    batch = {"keys": jax.random.split(jax.random.key(0), 4), "x": np.arange(4, dtype=np.float32), "none": None}
+    function = optax_sam.value_and_grad(loss_fn, optax.identity(), num_micro_batches=2, strategy=strategy)
+    assert_close(function(jnp.float32(2.0), batch), jax.value_and_grad(loss_fn)(jnp.float32(2.0), batch))
+
+
+@every_strategy
+def test_state_is_shared_with_averaged_floats(strategy):
+    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(optax.constant_schedule(0.1)))
+    estimator = optax_sam.gradient_estimator(
+        mlp_loss, optax_sam.sharpness_aware(ascent), num_micro_batches=4, strategy=strategy
+    )
+    state = estimator.init(PARAMS)
+    _, _, after = jax.jit(estimator.value_and_grad)(PARAMS, state, BATCH)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+    ema, schedule = after.ascent_state
+    assert int(schedule.ascent_step) == 1
+    assert_close(ema.ema, jax.tree.map(lambda g: g / 2, jax.grad(mlp_loss)(PARAMS, BATCH)))
+
+
+@every_strategy
+def test_narrow_gradients_are_accumulated_in_float32(strategy):
+    loss_fn = lambda w, batch: jnp.sum(w * jnp.mean(batch).astype(jnp.bfloat16))  # noqa: E731
+    batch = jnp.concatenate([jnp.full(1, 256.0), jnp.ones(63)])
+    _, grads = estimate(
+        optax.identity(), jnp.ones(2, jnp.bfloat16), batch, loss_fn, num_micro_batches=64, strategy=strategy
+    )
+    assert_identical(grads, jnp.full(2, (256 + 63) / 64, jnp.bfloat16))
+
+
+def test_batchnorm_statistics_never_see_the_perturbed_params():
+    def loss_fn(w, batch):
+        activations = batch * w
+        return jnp.mean((activations - 1.0) ** 2), {"mean": jnp.mean(activations)}
+
+    (_, aux), _ = estimate(optax_sam.sam(3.0), jnp.ones([]), jnp.arange(4.0), loss_fn, has_aux=True)
+    assert float(aux["mean"]) == 1.5
+
+
+SAM = optax_sam.sam(0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: optax_sam.gradient_estimator(3, SAM),
+            TypeError,
+            "loss_fn must be a function of params and a batch; got 3",
+        ),
+        (
+            lambda: optax_sam.gradient_estimator(mlp_loss, 0.1),
+            TypeError,
+            r"link must be an optax\.GradientTransf.*got 0\.1",
+        ),
+        (
+            lambda: estimate(SAM, num_micro_batches=0),
+            ValueError,
+            "num_micro_batches must be at least 1; got num_micro_b",
+        ),
+        (lambda: estimate(SAM, num_micro_batches=2.0), TypeError, r"must be an int; got num_micro_batches=2\.0"),
+        (
+            lambda: estimate(SAM, strategy="loop"),
+            ValueError,
+            "strategy must be one of 'auto', 'vmap', .*strategy='loop'",
+        ),
+        (lambda: estimate(SAM, ascent_per="shard"), ValueError, "ascent_per must be one of 'micro_batch', .*='shard'"),
+        (lambda: estimate(SAM, axis_name=0), TypeError, "axis_name must be the name of a mapped axis, or None; got 0"),
+        (lambda: estimate(SAM, axis_name="data"), ValueError, "axis_name='data' is not a mapped axis here"),
+        (
+            lambda: estimate(SAM, num_micro_batches=3),
+            ValueError,
+            "batch_size=8 must be divisible by num_micro_batches=3",
+        ),
+        (
+            lambda: estimate(SAM, batch=BATCH | {"scale": jnp.ones([])}, num_micro_batches=2),
+            ValueError,
+            r"batch\['scale'\] must have a leading axis",
+        ),
+        (
+            lambda: estimate(SAM, batch=BATCH | {"z": jnp.ones(4)}, num_micro_batches=2),
+            ValueError,
+            r"batch must agree in their leading axis; got 8 in batch\['x'\], 4 in batch\['z'\]",
+        ),
+        (
+            lambda: optax_sam.value_and_grad(mlp_loss, SAM, num_micro_batches=2)(PARAMS),
+            ValueError,
+            "num_micro_batches=2 needs a batch to split",
+        ),
+        (
+            lambda: estimate(optax_sam.late(SAM, 3)),
+            ValueError,
+            r"value_and_grad keeps no state, and this link carries one.*Use `gradient_estimator\(loss_fn, link\)`",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

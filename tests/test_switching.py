@@ -1,0 +1,204 @@
+"""Switching: the active link and no other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from problems import GradientCounter, assert_identical, mlp_batch, mlp_loss, mlp_params, training_step
+
+import optax_sam
+
+
+def times(factor):
+    return optax.stateless(lambda g, _: jax.tree.map(lambda x: factor * x, g))
+
+
+def factors(link, steps):
+    """What the link makes of a gradient of one, at each step, in one compiled loop."""
+
+    def body(state, _):
+        updates, state = link.update(jnp.ones([]), state, jnp.ones([]))
+        return state, updates
+
+    return jax.jit(lambda: jax.lax.scan(body, link.init(jnp.ones([])), length=steps)[1])().tolist()
+
+
+def test_phases_begin_at_their_keys():
+    link = optax_sam.switch_at({0: times(1.0), 2: times(2.0), 3: times(3.0)})
+    assert factors(link, 5) == [1, 1, 2, 3, 3]
+
+
+def test_late_is_identity_then_inner():
+    assert factors(optax_sam.late(times(5.0), 2), 4) == [1, 1, 5, 5]
+    assert factors(optax_sam.late(times(5.0), 0), 2) == [5, 5]
+
+
+def test_switch_by_alternates_and_clips_its_index():
+    links = [times(1.0), times(2.0)]
+    assert factors(optax_sam.switch_by(lambda step: step % 2, links), 4) == [1, 2, 1, 2]
+    assert factors(optax_sam.switch_by(lambda step: (step >= 1) & (step < 3), links), 4) == [1, 2, 2, 1]
+    assert factors(optax_sam.switch_by(lambda step: step, links), 4) == [1, 2, 2, 2]
+
+
+def test_schedules_in_a_link_count_its_active_steps():
+    scheduled = optax.scale_by_schedule(lambda step: 10.0 * (step + 1))
+    assert factors(optax_sam.switch_at({0: optax.identity(), 2: scheduled}), 4) == [1, 1, 10, 20]
+
+
+def test_switches_nest():
+    inner = optax_sam.switch_by(lambda step: step % 2, [times(1.0), times(2.0)])
+    assert factors(optax_sam.late(inner, 1), 4) == [1, 1, 2, 1]
+
+
+def test_momentum_behind_the_switch_is_carried_and_in_the_phases_starts_afresh():
+    carried = optax.chain(optax_sam.late(times(1.0), 2), optax.trace(0.5))
+    fresh = optax_sam.switch_at({0: optax.trace(0.5), 2: optax.trace(0.5)})
+    assert factors(carried, 3) == [1, 1.5, 1.75]
+    assert factors(fresh, 3) == [1, 1.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("link", "executed"),
+    [
+        (optax_sam.late(optax_sam.sam(0.1), 2), [1, 1, 2, 2]),
+        (optax_sam.switch_by(lambda step: step % 2 == 1, [optax.identity(), optax_sam.sam(0.1)]), [1, 2, 1, 2]),
+        (
+            optax_sam.switch_at(
+                {0: optax.identity(), 1: optax_sam.sharpness_aware(optax_sam.normalized_ascent(0.1), steps=3)}
+            ),
+            [1, 4, 4, 4],
+        ),
+    ],
+    ids=["late", "alternating", "multi-step"],
+)
+def test_inactive_links_execute_no_gradient_and_nothing_recompiles(link, executed):
+    counter = GradientCounter()
+    tx = optax.chain(link, optax.sgd(0.1))
+    step = jax.jit(training_step(tx, counter.counted(mlp_loss, num_examples=1)))
+    params = mlp_params()
+    state = tx.init(params)
+    counts = []
+    for _ in executed:
+        params, state = step(params, state, mlp_batch())
+        counts.append(counter.take())
+    assert counts == executed
+    assert step._cache_size() == 1
+
+
+def test_before_the_switch_every_matrix_product_of_sam_is_in_the_branch_that_does_not_run():
+    """XLA counts the FLOPs of both branches; what is executed are those outside of the branches."""
+
+    def products(link):
+        tx = optax.chain(link, optax.sgd(0.1))
+        params = mlp_params()
+        program = jax.make_jaxpr(training_step(tx))(params, tx.init(params), mlp_batch())
+        names = [eqn.primitive.name for eqn in _outside_branches(program.jaxpr)]
+        return names.count("dot_general"), names.count("cond")
+
+    plain, _ = products(optax.with_extra_args_support(optax.identity()))
+    assert products(optax_sam.late(optax_sam.sam(0.1), 10)) == (plain, 1)
+    assert products(optax_sam.sam(0.1)) == (2 * plain, 0)
+
+
+def _outside_branches(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name != "cond":
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", None)
+                if inner is not None:
+                    yield from _outside_branches(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resumed_run_equals_the_unbroken_run_bit_for_bit(stop, tmp_path):
+    rho = optax.linear_schedule(0.05, 0.2, 4)
+    tx = optax.chain(optax_sam.late(optax_sam.sam(rho), 2), optax.sgd(0.1, momentum=0.9))
+    step = jax.jit(training_step(tx))
+    batches = [mlp_batch(seed) for seed in range(5)]
+
+    def run(carry, batches):
+        for batch in batches:
+            carry = step(*carry, batch)
+        return carry
+
+    start = mlp_params(), tx.init(mlp_params())
+    unbroken = run(start, batches)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", run(start, batches[:stop]))
+        checkpointer.wait_until_finished()
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, start)
+        restored = checkpointer.restore(tmp_path / "checkpoint", target)
+    assert_identical(run(restored, batches[stop:]), unbroken)
+
+
+def test_half_precision_outputs_that_differ_in_dtype_are_named():
+    narrow = optax.stateless(lambda g, _: jax.tree.map(lambda x: x.astype(jnp.bfloat16), g))
+    link = optax_sam.switch_at({0: optax.identity(), 5: narrow})
+    with pytest.raises(ValueError, match=r"the phase from step 0 and the phase from step 5.*'w'.*float32.*bfloat16"):
+        link.update({"w": jnp.ones(2)}, link.init({"w": jnp.ones(2)}))
+
+
+def test_averaging_in_one_phase_only_is_named_with_its_cure():
+    link = optax_sam.late(optax_sam.msam(0.1), 3)
+    grads, params = jnp.ones((4, 2)), jnp.ones(2)
+    with pytest.raises(ValueError, match=r"float32\[4,2\] and float32\[2\].*`micro_batched\(switch_at"):
+        link.update(grads, link.init(params), params, grad_fn=lambda p, b: p, batch=jnp.ones(4))
+
+
+def test_outputs_of_other_structure_are_named():
+    link = optax_sam.switch_by(lambda step: 0, [optax.identity(), optax.stateless(lambda g, _: [g])])
+    with pytest.raises(ValueError, match="link 0 and link 1 of a switch must return the same kind"):
+        link.update(jnp.ones(2), link.init(jnp.ones(2)))
+
+
+def test_type_error_of_a_link_is_passed_on():
+    link = optax_sam.late(optax_sam.sam(0.1), 1)
+    with pytest.raises(TypeError, match="grad_fn must be a function of the params; got 3"):
+        link.update(jnp.ones(2), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=3)
+
+
+IDENTITY = optax.identity()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: optax_sam.switch_at({}), ValueError, r"must begin at 0 and increase; got \[\]"),
+        (lambda: optax_sam.switch_at({5: IDENTITY}), ValueError, r"must begin at 0 and increase; got \[5\].*identity"),
+        (lambda: optax_sam.switch_at({0: IDENTITY, 9: IDENTITY, 4: IDENTITY}), ValueError, r"got \[0, 9, 4\]"),
+        (lambda: optax_sam.late(IDENTITY, -1), ValueError, r"must begin at 0 and increase; got \[0, -1\]"),
+        (lambda: optax_sam.switch_at({0: IDENTITY, 2**40: IDENTITY}), ValueError, "must fit in int32.*1099511627776"),
+        (lambda: optax_sam.switch_at({0: IDENTITY, 1.5: IDENTITY}), TypeError, r"must be ints.*got 1\.5"),
+        (lambda: optax_sam.switch_at({False: IDENTITY}), TypeError, "must be ints.*got False"),
+        (lambda: optax_sam.switch_at([IDENTITY]), TypeError, "phases must be a mapping from first step to link"),
+        (lambda: optax_sam.switch_at({0: 3}), TypeError, r"the phase from step 0 must be an optax\.GradientTransf"),
+        (lambda: optax_sam.late("sam", 3), TypeError, "the phase from step 3 must be .*; got 'sam'"),
+        (lambda: optax_sam.switch_by(3, [IDENTITY]), TypeError, "index_fn must be a function of the step; got 3"),
+        (lambda: optax_sam.switch_by(lambda step: 0, IDENTITY), TypeError, "links must be a sequence"),
+        (lambda: optax_sam.switch_by(lambda step: 0, []), ValueError, "links must hold at least one link"),
+        (
+            lambda: factors(optax_sam.switch_by(lambda step: step / 2, [IDENTITY]), 1),
+            TypeError,
+            "index_fn must return an integer or a boolean; got dtype float32",
+        ),
+        (
+            lambda: factors(optax_sam.switch_by(lambda step: jnp.zeros(2, int), [IDENTITY]), 1),
+            ValueError,
+            r"index_fn must return a scalar; got an array of shape \(2,\)",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_counter_saturates_instead_of_wrapping():
+    link = optax_sam.late(times(2.0), 1)
+    state = link.init(jnp.ones([]))._replace(switch_step=jnp.int32(np.iinfo(np.int32).max))
+    updates, state = link.update(jnp.ones([]), state)
+    assert float(updates) == 2.0
+    assert int(state.switch_step) == np.iinfo(np.int32).max
