@@ -33,6 +33,12 @@ def test_identity_is_jax_value_and_grad_bit_for_bit():
     assert_identical(estimate(optax.identity()), jax.jit(jax.value_and_grad(mlp_loss))(PARAMS, BATCH))
 
 
+@pytest.mark.parametrize("strategy", ["scan", "unroll"])
+def test_msam_at_rho_zero_is_gradient_accumulation_bit_for_bit(strategy):
+    options = {"num_micro_batches": 4, "strategy": strategy}
+    assert_identical(estimate(optax_sam.sam(0.0), **options), estimate(optax.identity(), **options))
+
+
 def test_calls_and_results_are_those_of_jax_value_and_grad():
     loss_fn = lambda w, x, scale=1.0, *, shift: (jnp.sum((w * x * scale - shift) ** 2), {"shift": shift})  # noqa: E731
     ours = optax_sam.value_and_grad(loss_fn, optax.identity(), has_aux=True)

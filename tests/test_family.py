@@ -1,0 +1,303 @@
+"""The contract: what every recipe and combinator promises, over the registry of all of them."""
+
+import inspect
+
+import flax.core
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from problems import (
+    GradientCounter,
+    assert_close,
+    assert_identical,
+    clean_gradient,
+    cnn_batch,
+    cnn_loss,
+    cnn_params,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    split,
+    training_step,
+)
+from registry import MEMBERS, MICRO_BATCHES
+
+import optax_sam
+
+RHO, STEPS = 0.1, 4
+every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+
+
+def batch_for(member, batch=None, num_micro_batches=MICRO_BATCHES):
+    batch = mlp_batch() if batch is None else batch
+    return split(batch, num_micro_batches) if member.stacked else batch
+
+
+def optimizer(link):
+    return optax.chain(link, optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9))
+
+
+def gradients_by_step(member, rho, loss_fn=mlp_loss, params=None, batch=None):
+    """What the link returns in each of its first updates at the same params, stacked."""
+    link, params = member.make(rho), mlp_params() if params is None else params
+    batch = batch_for(member) if batch is None else batch
+
+    @jax.jit
+    def run(params, batch):
+        def body(state, _):
+            grads = clean_gradient(loss_fn, params, batch, member.stacked)
+            outputs, state = link.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch, unknown=1)
+            return state, outputs
+
+        return jax.lax.scan(body, link.init(params), length=STEPS)[1]
+
+    return run(params, batch)
+
+
+def trajectory(member, link, loss_fn, params, batch):
+    tx = optax.with_extra_args_support(optimizer(link))
+    step, state = jax.jit(training_step(tx, loss_fn, member.stacked)), tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state, batch)
+    return params
+
+
+def test_registry_has_every_public_link():
+    factories = [
+        name
+        for name in optax_sam.__all__
+        if callable(getattr(optax_sam, name))
+        and "GradientTransformationExtraArgs" in str(inspect.signature(getattr(optax_sam, name)).return_annotation)
+    ]
+    made = inspect.getsource(inspect.getmodule(type(MEMBERS[0])))
+    assert {name for name in factories if f"optax_sam.{name}" not in made} == set()
+    assert len(factories) >= 10
+
+
+@every_member
+@pytest.mark.parametrize(
+    ("loss_fn", "params", "batch"),
+    [(mlp_loss, mlp_params, mlp_batch), (cnn_loss, cnn_params, cnn_batch)],
+    ids=["mlp", "cnn"],
+)
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(member, loss_fn, params, batch):
+    batch = batch_for(member, batch())
+    base = optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.mean(x, 0), g) if member.stacked else g)
+    expected = trajectory(member, base, loss_fn, params(), batch)
+    actual = trajectory(member, member.make(0.0), loss_fn, params(), batch)
+    if member.stacked or "stable" in member.name or member.renormalizes or member.name == "switch_at":
+        assert_close(actual, expected)  # vmap has other kernels for batched params; the ratio of equal norms rounds
+    else:
+        assert_identical(actual, expected)
+
+
+@every_member
+def test_rho_makes_a_difference_when_active(member):
+    grads, moved = gradients_by_step(member, 0.0), gradients_by_step(member, RHO)
+    for step, extra in enumerate(member.extra_gradients):
+        differs = any(
+            not np.allclose(a[step], b[step], rtol=1e-4)
+            for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True)
+        )
+        assert differs == (extra > 0)
+
+
+@every_member
+def test_executed_gradients(member):
+    counter = GradientCounter()
+    batch = batch_for(member)
+    size = len(mlp_batch()["y"]) // (MICRO_BATCHES if member.stacked else 1)
+    tx = optimizer(member.make(RHO))
+    step = jax.jit(training_step(tx, counter.counted(mlp_loss, size), member.stacked))
+    params = mlp_params()
+    state, counts = tx.init(params), []
+    for _ in range(STEPS):
+        params, state = step(params, state, batch)
+        counts.append(counter.take() / len(mlp_batch()["y"]))
+    assert tuple(counts) == tuple(1 + extra for extra in member.extra_gradients)
+    assert step._cache_size() == 1
+
+
+@every_member
+def test_state_is_stable_in_loops_branches_and_shapes(member):
+    tx = optimizer(member.make(optax.linear_schedule(0.1, 0.2, 3)))
+    step, batch, params = training_step(tx, stacked=member.stacked), batch_for(member), mlp_params()
+    state = tx.init(params)
+    kinds = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(tx.init, params)) == kinds
+
+    @jax.jit
+    def run(params, state):
+        carry, _ = jax.lax.scan(lambda carry, _: (step(*carry, batch), None), (params, state), length=2)
+        return jax.lax.cond(True, lambda carry: step(*carry, batch), lambda carry: carry, carry)
+
+    after, looped = run(params, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), looped) == kinds
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.array, (params, state))
+    for _ in range(3):
+        params, state = donating(params, state, batch)
+    assert_close((params, state), (after, looped))
+
+
+@every_member
+def test_state_survives_orbax_and_flax_bit_for_bit(member, tmp_path):
+    tx = optimizer(member.make(optax.linear_schedule(0.1, 0.2, 3)))
+    step, batch = jax.jit(training_step(tx, stacked=member.stacked)), batch_for(member)
+    fresh = carry = mlp_params(), tx.init(mlp_params())
+    for _ in range(2):
+        carry = step(*carry, batch)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", carry)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "checkpoint", jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh))
+    from_bytes = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(carry))
+    expected = step(*carry, batch)
+    assert_identical(step(*restored, batch), expected)
+    assert_identical(step(*from_bytes, batch), expected)
+
+
+@every_member
+def test_norm_is_global_and_none_leaves_and_containers_are_kept(member):
+    def joined_loss(params, batch):
+        joined = {"hidden": {"kernel": jnp.concatenate([params["top"], params["bottom"][0]]), "bias": params["bias"]}}
+        return mlp_loss(joined | {"output": params["output"]}, batch)
+
+    whole = mlp_params()
+    kernel = whole["hidden"]["kernel"]
+    rest = {"bias": whole["hidden"]["bias"], "output": whole["output"], "nothing": None}
+    parts = flax.core.freeze({"top": kernel[:1], "bottom": (kernel[1:], None), **rest})
+    expected, actual = gradients_by_step(member, RHO), gradients_by_step(member, RHO, joined_loss, parts)
+    assert jax.tree.structure(actual) == jax.tree.structure(parts)
+    assert_close(jnp.concatenate([actual["top"], actual["bottom"][0]], axis=1), expected["hidden"]["kernel"])
+    assert_close(actual["bias"], expected["hidden"]["bias"])
+
+
+@every_member
+def test_scaling_the_loss_scales_the_gradient(member):
+    if not member.scale_free:
+        assert "usam" in inspect.getsource(member.make)
+        return
+    scaled = gradients_by_step(member, RHO, lambda params, batch: 8.0 * mlp_loss(params, batch))
+    assert_close(jax.tree.map(lambda g: g / 8, scaled), gradients_by_step(member, RHO))
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.renormalizes], ids=lambda m: m.name)
+def test_renormalized_gradients_have_the_norm_of_the_clean_one(member):
+    outputs = jax.tree.map(lambda x: x[0], gradients_by_step(member, RHO))
+    clean = jax.grad(mlp_loss)(mlp_params(), mlp_batch())
+    np.testing.assert_allclose(float(optax.tree.norm(outputs)), float(optax.tree.norm(clean)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.stacked], ids=lambda m: m.name)
+def test_one_micro_batch_is_the_inner_link(member):
+    inner = {"msam": "sam", "micro_batched-stable": "stable_sam", "late-msam": "late-sam"}[member.name]
+    [single] = [m for m in MEMBERS if m.name == inner]
+    assert_close(gradients_by_step(member, RHO, batch=split(mlp_batch(), 1)), gradients_by_step(single, RHO))
+
+
+@every_member
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_extreme_gradients_stay_finite_and_keep_their_dtype(member, dtype):
+    params = {"a": jnp.zeros(3, dtype), "b": {"c": jnp.ones((2, 2), dtype), "none": None}}
+    link = member.make(RHO)
+
+    @jax.jit
+    def update(size, state):
+        grads = jax.tree.map(lambda w: jnp.full_like(w, size), params)
+        given = jax.tree.map(lambda g: jnp.stack([g] * 2), grads) if member.stacked else grads
+        return link.update(given, state, params, grad_fn=lambda p, _: grads, batch=jnp.zeros(2))
+
+    tiny, huge = (1e-7, 6e4) if dtype == jnp.float16 else (1e-30, 1e30)
+    for size in (0.0, tiny, 1.0, huge):
+        state = link.init(params)
+        for _ in range(3):
+            outputs, state = update(jnp.asarray(size, dtype), state)
+        assert jax.tree.structure(outputs) == jax.tree.structure(params)
+        for leaf in jax.tree.leaves(outputs):
+            assert leaf.dtype == dtype
+            np.testing.assert_allclose(np.asarray(leaf, np.float64), float(jnp.asarray(size, dtype)), rtol=0.01)
+
+
+@every_member
+def test_empty_trees_pass(member):
+    link = member.make(RHO)
+    outputs, _ = link.update({}, link.init({}), {}, grad_fn=lambda p, _: p, batch=jnp.zeros(2))
+    assert outputs == {}
+
+
+@every_member
+def test_non_finite_gradients_stay_visible(member):
+    batch = batch_for(member)
+    broken = batch | {"y": batch["y"].at[..., 0].set(jnp.nan)}
+    outputs = gradients_by_step(member, RHO, batch=broken)
+    assert not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(outputs))
+
+
+@pytest.mark.parametrize(
+    "member",
+    [m for m in MEMBERS if "momentum" not in m.name],
+    ids=lambda m: m.name,  # optax.ema itself promotes
+)
+def test_strict_promotion_and_nan_checks_are_enough(member):
+    params, batch = mlp_params(), batch_for(member)
+    grads = clean_gradient(mlp_loss, params, batch, member.stacked)
+    link = member.make(jnp.float32(RHO))
+    with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+        grad_fn = lambda p, b: jax.tree.map(jnp.ones_like, p)  # noqa: E731
+        jax.jit(lambda g, p, b: link.update(g, link.init(p), p, grad_fn=grad_fn, batch=b)[0])(grads, params, batch)
+
+
+@every_member
+def test_perturbed_params_are_never_returned(member):
+    params, batch = mlp_params(), batch_for(member)
+    tx = optax.chain(member.make(10.0), optax.set_to_zero())
+    state = tx.init(params)
+    step = jax.jit(training_step(tx, stacked=member.stacked))
+    for _ in range(3):
+        after, state = step(params, state, batch)
+        assert_identical(after, params)
+
+
+def numpy_reference(method, gradient, w, velocity, rho, learning_rate=0.05, momentum=0.9, decay=0.01):
+    """One step of a method with momentum and decoupled weight decay, in float64."""
+    g = gradient(w)
+    norm = np.linalg.norm
+    if method == "sgd":
+        s = g
+    elif method == "usam":
+        s = gradient(w + rho * g)
+    elif method == "asam":
+        t = np.abs(w) + 0.01
+        s = gradient(w + rho * t**2 * g / norm(t * g))
+    else:
+        s = gradient(w + rho * g / norm(g))
+        s = s * norm(g) / norm(s) if method == "stable_sam" else s
+    velocity = momentum * velocity + s + decay * w
+    return w - learning_rate * velocity, velocity
+
+
+@pytest.mark.parametrize("method", ["sam", "usam", "asam", "stable_sam"])
+def test_numpy_agrees_over_fifty_steps_with_a_switch(method):
+    rng = np.random.default_rng(0)
+    factor, targets = rng.normal(size=(6, 4)), rng.normal(size=6)
+    gradient = lambda w: factor.T @ (np.tanh(factor @ w) - targets) + 0.1 * w**3  # noqa: E731
+    w, velocity = rng.normal(size=4), np.zeros(4)
+    with jax.enable_x64(True):
+        grad_fn = lambda w: jnp.asarray(factor).T @ (jnp.tanh(factor @ w) - targets) + 0.1 * w**3  # noqa: E731
+        tx = optax.chain(
+            optax_sam.late(getattr(optax_sam, method)(0.05), 25),
+            optax.add_decayed_weights(0.01),
+            optax.sgd(0.05, momentum=0.9),
+        )
+        params, state = jnp.asarray(w), tx.init(jnp.asarray(w))
+        step = jax.jit(lambda p, s: tx.update(grad_fn(p), s, p, grad_fn=grad_fn))
+        for index in range(50):
+            w, velocity = numpy_reference(method if index >= 25 else "sgd", gradient, w, velocity, 0.05)
+            updates, state = step(params, state)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(params, w, rtol=1e-9, atol=1e-12)
