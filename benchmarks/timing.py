@@ -4,12 +4,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
+import optax
 import tqdm
+
+import optax_sam
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
@@ -37,7 +40,7 @@ def ratios(seconds: Mapping[str, np.ndarray], baseline: str) -> dict[str, tuple[
 def environment() -> dict[str, Any]:
     """Versions and hardware."""
     return {
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "optax_sam")},
+        "versions": {module.__name__: module.__version__ for module in (jax, jaxlib, optax, optax_sam)},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "cpu_cores": os.cpu_count(),

@@ -5,11 +5,15 @@ import os
 import pathlib
 import platform
 import sys
-from importlib import metadata
 from typing import Any
 
+import flax
 import jax
+import jaxlib
 import matplotlib
+import optax
+
+import optax_sam
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -51,11 +55,11 @@ def table(results: dict[str, Any]) -> str:
 
 def environment() -> dict[str, Any]:
     """The command, versions and hardware behind the numbers."""
-    packages = ("jax", "jaxlib", "optax", "flax", "optax_sam")
+    versions = {module.__name__: module.__version__ for module in (jax, jaxlib, optax, flax, optax_sam)}
     device = jax.devices()[0]
     return {
         "command": " ".join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version(), **versions},
         "hardware": {"device": device.device_kind, "devices": jax.device_count(), "cpu_cores": os.cpu_count()},
     }
 
