@@ -1,19 +1,23 @@
-"""What do loops and branches cost a convolutional network? With and without the rewriting of their convolutions.
+"""How should micro-batches be run, and what do loops and branches cost? With and without rewritten convolutions.
 
-    python benchmarks/control_flow.py [--repeats 5] [--batch-size 128]
+    python benchmarks/control_flow.py [--repeats 5]
 
-The network has 3×3 convolutions of 32, 64 and 64 channels on 32×32×3 images. Results: results/control_flow.json.
+CNN: 3×3 convolutions of 32, 64 and 64 channels, 32×32×3 images, batch 128. MLP: 784-1024-1024-10, batch 512. The rows
+"as traced" leave the convolutions in loops and branches as JAX traces them. Results: results/control_flow.json.
 """
 
 import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import timing
 
@@ -29,14 +33,22 @@ class CNN(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=128)
-    settings = parser.parse_args()
-    model = CNN()
-    images = jax.random.normal(jax.random.key(0), (settings.batch_size, 32, 32, 3))
-    batch = images, jnp.arange(settings.batch_size) % 10
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = images.reshape(len(images), -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(1024)(x))
+        return nn.Dense(10)(x)
+
+
+NETWORKS = {"CNN": (CNN(), (128, 32, 32, 3)), "MLP": (MLP(), (512, 28, 28, 1))}
+
+
+def steps(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """The compiled gradient estimates to compare, by name."""
+    images = jax.random.normal(jax.random.key(0), shape)
+    batch = images, jnp.arange(len(images)) % 10
     params = model.init(jax.random.key(1), images)
 
     def loss_fn(params, batch):
@@ -51,14 +63,11 @@ def main() -> None:
 
     sam = optax_sam.sam(0.05)
     late = optax_sam.switch_by(lambda step: step >= 0, [optax.identity(), sam])
-    functions = {
-        "plain": compiled(optax.identity()),
-        "SAM": compiled(sam),
-        "SAM in a branch": compiled(late),
-        "mSAM, M = 8, scan": compiled(sam, num_micro_batches=8, strategy="scan"),
-        "mSAM, M = 8, unroll": compiled(sam, num_micro_batches=8, strategy="unroll"),
-        "mSAM, M = 8, vmap": compiled(sam, num_micro_batches=8, strategy="vmap"),
-    }
+    functions = {"plain": compiled(optax.identity()), "SAM": compiled(sam), "SAM in a branch": compiled(late)}
+    for num_micro_batches in (2, 8, 32):
+        for strategy in ("scan", "unroll", "vmap"):
+            name = f"mSAM, M = {num_micro_batches}, {strategy}"
+            functions[name] = compiled(sam, num_micro_batches=num_micro_batches, strategy=strategy)
     unchanged = lambda function: function  # noqa: E731
     with (
         mock.patch("optax_sam.switching.canonicalized", unchanged),
@@ -66,18 +75,27 @@ def main() -> None:
     ):
         functions["SAM in a branch, as traced"] = compiled(late)
         functions["mSAM, M = 8, scan, as traced"] = compiled(sam, num_micro_batches=8, strategy="scan")
+    return functions
 
-    seconds = timing.interleaved(functions, settings.repeats)
-    ratios = timing.ratios(seconds, "plain")
-    print(f"{'step':<30}{'ms':>9}{'× plain':>10}{'quartiles':>16}")
-    for name, (median, low, high) in ratios.items():
-        milliseconds = 1e3 * float(jnp.median(seconds[name]))
-        print(f"{name:<30}{milliseconds:>9.1f}{median:>10.2f}{f'{low:.2f} - {high:.2f}':>16}")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    results = {"command": " ".join(["python", *sys.argv]), **timing.environment(), "networks": {}}
+    for network, (model, shape) in NETWORKS.items():
+        seconds = timing.interleaved(steps(model, shape), repeats)
+        ratios = timing.ratios(seconds, "plain")
+        print(f"{network:<30}{'ms':>9}{'× plain':>10}{'quartiles':>16}")
+        for name, (median, low, high) in ratios.items():
+            milliseconds = 1e3 * float(np.median(seconds[name]))
+            print(f"{name:<30}{milliseconds:>9.1f}{median:>10.2f}{f'{low:.2f} - {high:.2f}':>16}")
+        print()
+        rows = {name: {"seconds": values.tolist(), "ratio": ratios[name][0]} for name, values in seconds.items()}
+        results["networks"][network] = rows
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    rows = {name: {"seconds": values.tolist(), "ratio": ratios[name][0]} for name, values in seconds.items()}
-    header = {"command": " ".join(["python", *sys.argv]), **timing.environment(), "settings": vars(settings)}
-    (folder / "control_flow.json").write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+    (folder / "control_flow.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from optax_sam.transform import as_link, check_positive_int, vary
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 ASCENTS_PER = ("micro_batch", "device", "batch")
-MAX_UNROLLED = 16
 
 
 class ValueAndGradFn(Protocol):
@@ -77,7 +76,8 @@ def gradient_estimator(
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
         strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
-            one after another in straight-line code. ``"auto"``: unroll up to 16 micro-batches, else scan.
+            one after another in straight-line code. ``"auto"``: scan, the fastest on CPUs, for convolutional and dense
+            networks alike (``benchmarks/control_flow.py``).
         axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the batch; results
             are averaged over it. Params and state are the same on every member.
 
@@ -219,11 +219,11 @@ def _mean_over_shards(
         return mean_of_stack(jax.vmap(evaluate_shard)(jnp.arange(num_shards), batch))
     first = evaluate_at(0)
     total = jax.tree.map(lambda x: widen(x) if _is_float(x) else x, first)
-    if strategy == "scan" or (strategy == "auto" and num_shards > MAX_UNROLLED):
-        total = jax.lax.fori_loop(1, num_shards, canonicalized(add), total)
-    else:
+    if strategy == "unroll":
         for index in range(1, num_shards):
             total = add(index, total)
+    else:
+        total = jax.lax.fori_loop(1, num_shards, canonicalized(add), total)
     return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if _is_float(x) else t, total, first)
 
 
