@@ -17,7 +17,7 @@ import optax
 from optax_sam.ascent import widen
 from optax_sam.averaging import axis_is_checked, check_axis_name, leading_size, mean_of_stack, mean_over_axis
 from optax_sam.convolution import canonicalized
-from optax_sam.transform import as_link, check_positive_int, vary
+from optax_sam.transform import as_link, check_positive_int, vary, varying_axes
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 ASCENTS_PER = ("micro_batch", "device", "batch")
@@ -88,7 +88,8 @@ def gradient_estimator(
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an unknown ascent_per or strategy, num_micro_batches < 1; when called: leaves of the batch that
-            are scalars, differ in B, or cannot be divided by M; axis_name is not a mapped axis.
+            are scalars, differ in B, or cannot be divided by M; axis_name is not a mapped axis, or is missing where
+            ``shard_map`` would sum the gradient over one.
 
     Example:
         >>> import optax_sam
@@ -125,6 +126,7 @@ def gradient_estimator(
                 return average(lambda loss: _gradient(loss, has_aux)(local(point)))
 
             value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=has_aux)(local(params)))
+            _check_not_summed(value[0] if has_aux else value, clean)
             return value, *link.update(clean, state, params, grad_fn=grad_fn)
 
         def over_micro_batches(evaluate):
@@ -185,6 +187,17 @@ def value_and_grad(
         return value, gradient
 
     return stateless
+
+
+def _check_not_summed(loss: jax.Array, gradient: Any) -> None:
+    """Raises if ``shard_map`` summed the gradient of a loss that differs between devices."""
+    for leaf in jax.tree.leaves(gradient):
+        for axis in sorted(varying_axes(loss) - varying_axes(leaf)):
+            raise ValueError(
+                f"The loss varies over the mapped axis {axis!r} and its gradient does not: shard_map summed it over "
+                f"the devices, because params are replicated. Pass axis_name={axis!r} to the estimator, which then "
+                f"averages; or average the loss yourself in loss_fn, with jax.lax.pmean(loss, {axis!r})."
+            )
 
 
 def _gradient(loss: Callable[[Any], Any], has_aux: bool) -> Callable[[Any], Any]:

@@ -128,6 +128,17 @@ def test_gradient_that_shard_map_already_summed_is_refused():
         MAPS["shard_map"](member, PARAMS)
 
 
+def test_estimator_that_was_not_told_the_axis_refuses_the_sum():
+    function = optax_sam.value_and_grad(mlp_loss, LINKS["sam"])
+    with pytest.raises(ValueError, match=r"loss varies over the mapped axis 'data'.*Pass axis_name='data'"):
+        MAPS["shard_map"](function, PARAMS)
+
+
+def test_loss_that_is_averaged_over_devices_needs_no_axis_name():
+    function = optax_sam.value_and_grad(lambda p, b: jax.lax.pmean(mlp_loss(p, b), "data"), LINKS["sam"])
+    assert_close(MAPS["shard_map"](function, PARAMS), reference(LINKS["sam"], 1))
+
+
 @every_map
 def test_float_states_are_averaged_over_devices_and_counters_shared(run):
     ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(optax.constant_schedule(0.1)))
