@@ -49,9 +49,14 @@ def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=1))
+        partial.rename(path)
         return
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
     changed = [name for name in settings if saved.get(name) != settings[name]]
     if changed:
         differences = ", ".join(f"{name} {saved.get(name)} → {settings[name]}" for name in changed)

@@ -6,6 +6,8 @@ checksum, what is read by its headers and lengths. Nothing is unpickled or extra
 
 import gzip
 import hashlib
+import http.client
+import io
 import pathlib
 import tarfile
 import urllib.error
@@ -81,7 +83,8 @@ def _cifar10(data_dir: pathlib.Path) -> tuple[np.ndarray, ...]:
     path = _locate(data_dir, "cifar-10-binary.tar.gz", CIFAR10_URL, CIFAR10_MD5)
     names = [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        data = gzip.decompress(path.read_bytes())  # checks the checksum at the end, as reading tar members does not
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             batches = [_read_cifar_batch(path, archive, f"cifar-10-batches-bin/{name}.bin") for name in names]
     except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
         raise DatasetError(f"{path} is damaged ({error}); delete it and start again") from error
@@ -131,7 +134,7 @@ def _locate(data_dir: pathlib.Path, name: str, url: str, checksums: dict[str, st
     try:
         with urllib.request.urlopen(f"{url}/{name}", timeout=30) as response:
             data = response.read()
-    except (urllib.error.URLError, OSError) as error:
+    except (http.client.HTTPException, urllib.error.URLError, OSError) as error:
         raise DatasetError(
             f"{name} is not in {data_dir} and {url}/{name} cannot be read ({error}); put it there"
         ) from None

@@ -31,6 +31,9 @@ COLORS = {
 }
 
 
+STYLES = {"late_sam": "--"}  # it hides sgd until the switch
+
+
 def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; no deviation of a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -84,12 +87,12 @@ def comparison(results: dict[str, Any]) -> Figure:
         epochs = np.arange(1, accuracy.shape[1] + 1)
         mean = accuracy.mean(axis=0)
         end, sd = mean_and_sd(accuracy[:, -1].tolist())
-        lowest.append(min(mean[len(mean) // 5], end - (sd or 0)))
+        lowest.append(min(mean[len(mean) // 10], end - (sd or 0)))
         highest.append(max(mean.max(), end + (sd or 0)))
         for axis, x in zip(axes, (gradients, epochs), strict=True):
-            axis.plot(x, mean, label=method, color=COLORS[method], linewidth=1.6)
-            aside = x[-1] * (1 + 0.015 * (number + 1))
-            axis.errorbar(aside, end, yerr=sd, color=COLORS[method], marker="o", markersize=4, capsize=2)
+            axis.plot(x, mean, label=method, color=COLORS[method], linewidth=1.6, linestyle=STYLES.get(method, "-"))
+        aside = epochs[-1] * (1 + 0.015 * (number + 1))
+        axes[1].errorbar(aside, end, yerr=sd, color=COLORS[method], marker="o", markersize=4, capsize=2)
     margin = 0.05 * (max(highest) - min(lowest)) + 0.05
     axes[0].set_ylim(min(lowest) - margin, max(highest) + margin)
     axes[0].set(xlabel="gradient evaluations (batches)", ylabel="test accuracy (%)", title="at equal cost")
@@ -99,6 +102,6 @@ def comparison(results: dict[str, Any]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     settings = results["settings"]
-    seeds = "1 seed" if settings["seeds"] == 1 else f"mean of {settings['seeds']} seeds, ± sd at the end"
+    seeds = "1 seed" if settings["seeds"] == 1 else f"mean of {settings['seeds']} seeds, ± sd beside the last epoch"
     figure.suptitle(f"{settings['dataset']}, {settings['model']}, {settings['base']}: {seeds}")
     return figure

@@ -80,7 +80,7 @@ class Experiment:
         self.model = models.MODELS[settings.model]()
         self.steps_per_epoch = len(self.data.train_images) // settings.batch_size
         if not self.steps_per_epoch:
-            raise SystemExit(f"--batch-size {settings.batch_size} is more than {len(self.data.train_images)} images")
+            raise ValueError(f"--batch-size {settings.batch_size} is more than {len(self.data.train_images)} images")
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(settings, self.total_steps)
         self.images, self.labels = jnp.asarray(self.data.train_images), jnp.asarray(self.data.train_labels)
@@ -325,6 +325,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("epochs", "batch_size", "micro_batches", "seeds"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; got {getattr(settings, name)}")
+    for name in ("learning_rate", "weight_decay"):
+        if not 0 <= getattr(settings, name) < np.inf:
+            parser.error(f"--{name.replace('_', '-')} must be finite and at least 0; got {getattr(settings, name)}")
     if "msam" in settings.method and settings.batch_size % settings.micro_batches:
         parser.error(
             f"--batch-size {settings.batch_size} must be divisible by --micro-batches {settings.micro_batches}"
@@ -343,8 +346,10 @@ def main(arguments: list[str] | None = None) -> None:
             fixed = {name: value for name, value in vars(settings).items() if name not in unshared}
             checkpoints.claim(settings.checkpoint_dir, fixed)
         results = run(settings)
-    except (datasets.DatasetError, ValueError) as error:
+    except (datasets.DatasetError, OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; with --checkpoint-dir the same command goes on from the last epoch")
     folder = pathlib.Path("runs") / settings.name
     report.write(results, folder)
     print(report.table(results))

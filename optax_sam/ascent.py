@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 NO_PARAMS_MESSAGE = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
@@ -62,8 +63,9 @@ def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformati
 
     def perturbation(radius, updates, params):
         del params
-        norm = global_norm(updates)
-        return jax.tree.map(lambda g: rescale(g, norm, radius), updates)
+        norm = norm_of(updates)
+        factor = divide(radius, norm.ratio)
+        return jax.tree.map(lambda g: rescale(g, norm.unit, factor), updates)
 
     return _ascent(rho, perturbation)
 
@@ -98,7 +100,7 @@ def unnormalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransforma
     def perturbation(radius, updates, params):
         del params
         one = jnp.ones([], jnp.float32)
-        return jax.tree.map(lambda g: rescale(g, one, radius), updates)
+        return jax.tree.map(lambda g: rescale(g, one, jnp.asarray(radius)), updates)
 
     return _ascent(rho, perturbation)
 
@@ -141,9 +143,10 @@ def adaptive_ascent(rho: optax.ScalarOrSchedule, eta: jax.typing.ArrayLike = 0.0
             raise ValueError(NO_PARAMS_MESSAGE)
         widths = jax.tree.map(lambda w, g: (jnp.abs(widen(w)) + eta).astype(widen(g).dtype), params, updates)
         stretched = jax.tree.map(lambda t, g: t * widen(g), widths, updates)
-        norm = global_norm(stretched)
+        norm = norm_of(stretched)
+        factor = divide(radius, norm.ratio)
         return jax.tree.map(
-            lambda t, h, g: (t * rescale(h, norm, radius)).astype(jnp.asarray(g).dtype), widths, stretched, updates
+            lambda t, h, g: (t * rescale(h, norm.unit, factor)).astype(jnp.asarray(g).dtype), widths, stretched, updates
         )
 
     return _ascent(rho, perturbation)
@@ -170,24 +173,36 @@ def _ascent(rho: optax.ScalarOrSchedule, perturbation: Callable[[Any, Any, Any],
     return optax.GradientTransformation(init, update)
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """L2 norm over all leaves, in float32 or wider; exact zero for zero, no overflow or underflow of the squares.
+class Norm(NamedTuple):
+    """The L2 norm unit · ratio of a tree, in two factors that do not overflow where it or its square would.
+
+    Attributes:
+        unit: a power of two; 1 unless the largest element is extreme.
+        ratio: the norm in this unit.
+    """
+
+    unit: jax.Array
+    ratio: jax.Array
+
+
+def norm_of(tree: Any) -> Norm:
+    """L2 norm over all leaves, in float32 or wider; exact zero for zero.
 
     ``optax.tree.norm`` squares and adds in the dtype of the leaves: bfloat16 sums are off by half, float16 ones
     overflow.
     """
-    leaves = [widen(leaf) for leaf in jax.tree.leaves(tree)]
-    leaves = [leaf for leaf in leaves if leaf.size]
+    leaves = [widen(leaf) for leaf in jax.tree.leaves(tree) if jnp.size(leaf)]
+    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf in leaves)
+    dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
     if not leaves:
-        return jnp.zeros([], jnp.float32)
-    dtype = max((jnp.finfo(leaf.dtype).dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
-    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
-    peak = jax.lax.stop_gradient(jnp.max(jnp.stack(peaks)))
-    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
-    squares = [_sum_of_squares(leaf / unit.astype(jnp.finfo(leaf.dtype).dtype)).astype(dtype) for leaf in leaves]
-    square = jnp.sum(jnp.stack(squares))
+        return Norm(unit=jnp.ones([], dtype), ratio=jnp.zeros([], dtype))
+    leaves = [leaf.astype(np.result_type(leaf.dtype, dtype)) for leaf in leaves]
+    peak = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves])))
+    safe = 5 * jnp.finfo(dtype).maxexp // 16
+    unit = jnp.where(peak > 2.0**safe, 4.0**safe, jnp.where(peak < 2.0**-safe, 4.0**-safe, 1.0)).astype(dtype)
+    square = jnp.sum(jnp.stack([_sum_of_squares(leaf / unit) for leaf in leaves]))
     zero = square == 0
-    return jnp.where(zero, 0, unit * jnp.sqrt(jnp.where(zero, 1, square)))
+    return Norm(unit, ratio=jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))))
 
 
 def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
@@ -200,25 +215,30 @@ def _sum_of_squares(leaf: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(leaf * leaf)
 
 
-def rescale(leaf: jax.typing.ArrayLike, norm: jax.Array, target: jax.typing.ArrayLike) -> jax.Array:
-    """leaf / norm · target in float32 or wider, back in the leaf's dtype; zero where the norm is zero."""
+def rescale(leaf: jax.typing.ArrayLike, unit: jax.Array, factor: jax.Array) -> jax.Array:
+    """leaf / unit · factor in float32 or wider, back in the leaf's dtype."""
     leaf = jnp.asarray(leaf)
     wide = widen(leaf)
+    wide = wide.astype(np.result_type(wide.dtype, unit.dtype))
     real = jnp.finfo(wide.dtype).dtype
-    norm = norm.astype(real)
-    return (wide / jnp.where(norm == 0, 1, norm) * jnp.asarray(target).astype(real)).astype(leaf.dtype)
+    return (wide / unit.astype(real) * factor.astype(real)).astype(leaf.dtype)
+
+
+def divide(target: jax.typing.ArrayLike, ratio: jax.Array) -> jax.Array:
+    """target / ratio, and zero for a ratio of zero."""
+    zero = ratio == 0
+    return jnp.where(zero, 0, jnp.asarray(target).astype(ratio.dtype) / jnp.where(zero, 1, ratio))
 
 
 def check_nonnegative(name: str, value: Any) -> None:
-    """Raises unless value is a scalar ≥ 0. The value of a ``jax.Array`` is left unread: it may be traced."""
-    if isinstance(value, jax.Array):
-        if value.ndim:
-            raise ValueError(f"{name} must be a scalar; got an array of shape {value.shape}.")
-    elif (
-        isinstance(value, (bool, np.bool))
-        or not isinstance(value, (int, float, np.number, np.ndarray))
-        or np.ndim(value)
-    ):
+    """Raises unless value is a real scalar ≥ 0; the value of a traced array is left unread."""
+    if isinstance(value, jax.Array) and value.ndim:
+        raise ValueError(f"{name} must be a scalar; got an array of shape {value.shape}.")
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and not value.ndim:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real scalar{' or a schedule' if name == 'rho' else ''}; got {value!r}.")
-    elif not 0 <= float(value) < math.inf:
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0; got {name}={value!r}.")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.transform import as_link, varying_axes
+from optax_sam.transform import as_link, is_float, varying_axes
 
 
 def micro_batched(
@@ -125,7 +125,7 @@ def leading_size(**trees: Any) -> int | None:
 
 def mean_of_stack(tree: Any) -> Any:
     """Means of the float leaves over their leading axis; the first entry of all other leaves."""
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0], tree)
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_float(x) else x[0], tree)
 
 
 def mean_over_axis(tree: Any, axis_name: str) -> Any:
@@ -135,7 +135,7 @@ def mean_over_axis(tree: Any, axis_name: str) -> Any:
     local = [
         position
         for position, leaf in enumerate(leaves)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not (checked and axis_name not in varying_axes(leaf))
+        if is_float(leaf) and not (checked and axis_name not in varying_axes(leaf))
     ]
     means = jax.lax.pmean([leaves[position] for position in local], axis_name)
     for position, mean in zip(local, means, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
-from jax.extend.core.primitives import conv_general_dilated_p, jit_p
+from jax.extend.core.primitives import conv_general_dilated_p, jit_p, remat_p
 
 
 def canonicalized(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,12 +37,13 @@ def _has_convolution(jaxpr: Jaxpr) -> bool:
     return any(
         eqn.primitive is conv_general_dilated_p
         or (eqn.primitive is jit_p and _has_convolution(eqn.params["jaxpr"].jaxpr))
+        or (eqn.primitive is remat_p and _has_convolution(eqn.params["jaxpr"]))
         for eqn in jaxpr.eqns
     )
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr whose convolutions, also those inside of nested ``jax.jit``, are made canonical."""
+    """The outputs of a jaxpr, its convolutions made canonical, also in nested ``jax.jit`` and ``jax.checkpoint``."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(variable):
@@ -54,12 +55,19 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
             outputs = [_convolve(*inputs, **eqn.params)]
         elif eqn.primitive is jit_p and _has_convolution(eqn.params["jaxpr"].jaxpr):
             outputs = _evaluate(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, inputs)
+        elif eqn.primitive is remat_p and _has_convolution(eqn.params["jaxpr"]):
+            inner = jax.make_jaxpr(functools.partial(_evaluate_closed, eqn.params["jaxpr"]))(*inputs).jaxpr
+            outputs = remat_p.bind(*inputs, **eqn.params | {"jaxpr": inner})
         else:
             with eqn.ctx.manager:
                 outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(variable) for variable in jaxpr.outvars]
+
+
+def _evaluate_closed(jaxpr: Jaxpr, *args: Any) -> list[Any]:
+    return _evaluate(jaxpr, (), args)
 
 
 def _convolve(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **params: Any) -> jax.Array:

@@ -17,7 +17,7 @@ import optax
 from optax_sam.ascent import widen
 from optax_sam.averaging import axis_is_checked, check_axis_name, leading_size, mean_of_stack, mean_over_axis
 from optax_sam.convolution import canonicalized
-from optax_sam.transform import as_link, check_positive_int, vary, varying_axes
+from optax_sam.transform import as_link, check_positive_int, is_float, vary, varying_axes
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 ASCENTS_PER = ("micro_batch", "device", "batch")
@@ -63,10 +63,10 @@ def gradient_estimator(
 
     ``loss_fn(params, batch, *args, **kwargs)`` returns the mean loss of the batch, or ``(loss, aux)``. Every leaf of
     ``batch`` has a leading axis of B examples. The other arguments go to every call unchanged, except scalar PRNG
-    keys: these are folded with the index of the micro-batch (counted over all devices) where there is more than one,
-    so that micro-batches draw different dropout masks, and the two passes of one micro-batch the same. Loss and aux
-    are those of the clean pass, averaged over micro-batches and devices; aux leaves that are not float are those of a
-    device's first micro-batch.
+    keys (``jax.random.key``; legacy ``PRNGKey`` arrays cannot be told from data): these are folded with the index of
+    the micro-batch (counted over all devices) where there is more than one, so that micro-batches draw different
+    dropout masks, and the two passes of one micro-batch the same. Loss and aux are those of the clean pass, averaged
+    over micro-batches and devices; aux leaves that are not float are those of a device's first micro-batch.
 
     Args:
         loss_fn: function to differentiate with respect to its first argument.
@@ -226,18 +226,18 @@ def _mean_over_shards(
         return evaluate_shard(index, jax.tree.map(select, batch))
 
     def add(index, total):
-        return jax.tree.map(lambda t, x: t + widen(x) if _is_float(x) else t, total, evaluate_at(index))
+        return jax.tree.map(lambda t, x: t + widen(x) if is_float(x) else t, total, evaluate_at(index))
 
     if strategy == "vmap":
         return mean_of_stack(jax.vmap(evaluate_shard)(jnp.arange(num_shards), batch))
-    first = evaluate_at(0)
-    total = jax.tree.map(lambda x: widen(x) if _is_float(x) else x, first)
+    first = jax.tree.map(jnp.asarray, evaluate_at(0))
+    total = jax.tree.map(lambda x: widen(x) if is_float(x) else x, first)
     if strategy == "unroll":
         for index in range(1, num_shards):
             total = add(index, total)
     else:
         total = jax.lax.fori_loop(1, num_shards, canonicalized(add), total)
-    return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if _is_float(x) else t, total, first)
+    return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if is_float(x) else t, total, first)
 
 
 def _split(batch: Any, num_shards: int) -> Any:
@@ -263,10 +263,6 @@ def _fold_keys(tree: Any, number: Any) -> Any:
         return jax.random.fold_in(leaf, number) if is_key and not leaf.ndim else leaf
 
     return tree if number is None else jax.tree.map(fold, tree)
-
-
-def _is_float(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

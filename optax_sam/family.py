@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
@@ -205,8 +206,8 @@ def msam(
 def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTransformationExtraArgs:
     """Late-phase SAM: the clean gradient before step ``start``, ``inner`` from then on.
 
-    Before ``start`` a step costs one gradient. For late mSAM the switch goes inside: ``micro_batched(late(sam(rho),
-    start))``.
+    Before ``start`` a step costs one gradient. For late mSAM the switch goes inside,
+    ``micro_batched(late(sam(rho), start), axis_name)``; outside, the early phase would hand on unaveraged gradients.
 
     Args:
         inner: the link of the late phase.
@@ -226,6 +227,10 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
+    if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
+        raise TypeError(f"start must be an int, the first step of the late phase; got {start!r}.")
+    if start < 0:
+        raise ValueError(f"start must be at least 0; got {start=}.")
     return switch_at({0: optax.identity(), start: inner})
 
 

@@ -1,11 +1,13 @@
 r"""Renormalization: the direction of the SAM gradient at the length of the clean one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import check_nonnegative, global_norm, rescale
-from optax_sam.transform import as_link
+from optax_sam.ascent import check_nonnegative, divide, norm_of, rescale
+from optax_sam.transform import as_link, varying_axes
 
 
 def renormalized(
@@ -17,7 +19,8 @@ def renormalized(
         \tilde s = s \, \min(\text{max\_scale}, \|g\|_2 / \|s\|_2)
 
     with one norm over all leaves. Put before weight decay and momentum, it lets SAM train at the learning rates of the
-    base optimizer. Where both norms are zero the result is zero.
+    base optimizer. Where both norms are zero the result is zero. With micro-batches it belongs inside,
+    ``micro_batched(renormalized(inner))``: around an average the two norms would be of different things.
 
     Args:
         inner: link or any other transformation from g to s.
@@ -28,7 +31,7 @@ def renormalized(
 
     Raises:
         TypeError: inner is not a transformation, or max_scale is not a real scalar.
-        ValueError: max_scale is a negative or non-finite number.
+        ValueError: max_scale is a negative or non-finite number; at ``update``, inner returns other shapes than it got.
 
     Example:
         >>> link = renormalized(optax.stateless(lambda g, _: optax.tree.scale(10.0, g)))
@@ -46,9 +49,21 @@ def renormalized(
 
     def update(updates, state, params=None, **extra_args):
         outputs, state = inner.update(updates, state, params, **extra_args)
-        norm, target = global_norm(outputs), global_norm(updates)
+        _check_alike(updates, outputs)
+        norm, target = norm_of(outputs), norm_of(updates)
+        scale = divide(target.ratio, norm.ratio) * (target.unit / norm.unit)
         if max_scale is not None:
-            target = jnp.minimum(target, jnp.asarray(max_scale).astype(norm.dtype) * norm)
-        return jax.tree.map(lambda s: rescale(s, norm, target), outputs), state
+            scale = jnp.minimum(scale, jnp.asarray(max_scale).astype(scale.dtype))
+        return jax.tree.map(lambda s: rescale(s, jnp.ones_like(scale), scale), outputs), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _check_alike(updates: Any, outputs: Any) -> None:
+    """Raises if ``inner`` averaged over micro-batches: the norm of their gradients is not that of the mean."""
+    for update, output in zip(jax.tree.leaves(updates), jax.tree.leaves(outputs), strict=True):
+        if jnp.shape(update) != jnp.shape(output) or varying_axes(update) - varying_axes(output):
+            raise ValueError(
+                f"renormalized got a gradient {jax.typeof(update)} and inner returned {jax.typeof(output)}. Averaging "
+                "belongs around the renormalization: `micro_batched(renormalized(inner))`."
+            )

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optax_sam.convolution import canonicalized
-from optax_sam.transform import as_link
+from optax_sam.transform import as_link, is_float, vary, varying_axes
 
 
 class SwitchState(NamedTuple):
@@ -126,10 +126,11 @@ def _switch(
             def run():
                 states = list(state.link_states)
                 outputs, states[position] = links[position].update(updates, states[position], params, **extra_args)
-                return outputs, tuple(states)
+                return outputs, jax.tree.map(lambda leaf: vary(leaf, axes) if is_float(leaf) else leaf, tuple(states))
 
             return run
 
+        axes = frozenset[str]().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(updates)))
         branches = [canonicalized(branch(position)) for position in range(len(links))]
         index = _checked_index(index_fn(state.switch_step))
         try:

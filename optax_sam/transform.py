@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam.ascent import NO_PARAMS_MESSAGE, widen
@@ -135,7 +136,7 @@ def _check_gradient(what: str, gradient: Any, params: Any) -> None:
         if isinstance(gradient, tuple) and not isinstance(params, tuple):
             raise TypeError(
                 f"{what} is a tuple of length {len(gradient)}, as functions made by jax.value_and_grad or with "
-                "has_aux=True return; pass a function that returns the gradient alone, such as jax.grad(loss_fn)."
+                "has_aux=True return; take the gradient out of it, or use jax.grad(loss_fn), which returns it alone."
             )
         raise ValueError(
             f"{what} must have the tree structure of the params; got {jax.tree.structure(gradient)} for params of "
@@ -185,6 +186,11 @@ def _hash_uniform(x: jax.Array, y: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
+def is_float(x: jax.typing.ArrayLike) -> bool:
+    """Whether x is of a real or complex floating-point dtype."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
 def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
     """The mapped axes over which ``shard_map`` knows x to vary; empty where it does not check."""
     return jax.typeof(x).mat.varying
@@ -205,7 +211,7 @@ def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtra
 
 def check_positive_int(name: str, value: Any) -> None:
     """Raises unless value is an int ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int; got {name}={value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {name}={value}.")

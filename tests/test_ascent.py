@@ -8,7 +8,7 @@ import pytest
 from problems import assert_close
 
 import optax_sam
-from optax_sam.ascent import global_norm
+from optax_sam.ascent import norm_of
 
 ASCENTS = {
     "normalized": optax_sam.normalized_ascent,
@@ -17,6 +17,11 @@ ASCENTS = {
 }
 every_ascent = pytest.mark.parametrize("make", ASCENTS.values(), ids=ASCENTS)
 every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+
+
+def global_norm(tree):
+    norm = norm_of(tree)
+    return norm.unit * norm.ratio
 
 
 def climb(ascent, grads, params):
@@ -37,10 +42,11 @@ def test_zero_gradient_gives_zero_and_finite_derivatives(make, dtype):
     assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(derivative(grads)))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
-def test_length_is_rho_for_gradients_of_any_size(scale):
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-10, 1.0, 1e10, 1e30, 8e37])
+def test_length_is_rho_for_gradients_of_any_size(scale, jit):
     grads = {"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])}
-    epsilon = climb(optax_sam.normalized_ascent(0.05), grads, grads)
+    epsilon = jit(lambda grads: climb(optax_sam.normalized_ascent(0.05), grads, grads))(grads)
     assert_close(epsilon, {"a": jnp.array([0.03, 0.0]), "b": jnp.array([[0.04]])})
 
 
@@ -51,6 +57,13 @@ def test_norms_of_narrow_dtypes_are_accumulated_in_float32(dtype, scale):
     norm = global_norm(tree)
     assert norm.dtype == jnp.float32
     np.testing.assert_allclose(float(norm), expected, rtol=1e-5)
+
+
+def test_tiny_float64_leaves_beside_float32_ones():
+    with jax.enable_x64(True):
+        grads = {"a": jnp.array([3e-300, 4e-300]), "b": jnp.zeros(2, jnp.float32)}
+        epsilon = climb(optax_sam.normalized_ascent(0.5), grads, grads)
+        assert_close(epsilon, {"a": jnp.array([0.3, 0.4]), "b": jnp.zeros(2, jnp.float32)})
 
 
 def test_norm_of_complex_leaves_and_of_nothing():
@@ -107,6 +120,29 @@ def test_strict_dtype_promotion_is_enough(make):
     assert [leaf.dtype for leaf in jax.tree.leaves(epsilon)] == [jnp.bfloat16, jnp.float32]
 
 
+def test_one_huge_element_among_ordinary_and_tiny_ones():
+    grads, params = jnp.array([1e30, -1.0, 1e-30]), jnp.ones(3)
+    assert_close(climb(optax_sam.normalized_ascent(0.1), grads, params), jnp.array([0.1, 0.0, 0.0]))
+    assert_close(climb(optax_sam.adaptive_ascent(0.1, eta=0.0), grads, params), jnp.array([0.1, 0.0, 0.0]))
+
+
+@every_ascent
+@pytest.mark.parametrize("rho", [np.float64(0.3), np.array(0.3), jnp.float32(0.3), 0], ids=repr)
+def test_rho_is_any_real_scalar(make, rho):
+    grads, params = {"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([1.0, -1.0])}
+    expected = climb(make(float(rho)), grads, params)
+    assert_close(climb(make(rho), grads, params), expected)
+    assert_close(jax.jit(lambda rho: climb(make(rho), grads, params))(jnp.float32(rho)), expected)
+
+
+@every_ascent
+def test_frozen_leaves_stay_out_of_the_perturbation_and_of_the_norm(make):
+    grads, params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}, {"a": jnp.array([1.0, 2.0]), "b": jnp.ones(1)}
+    epsilon = climb(optax.chain(optax.freeze({"a": False, "b": True}), make(0.5)), grads, params)
+    assert not np.any(epsilon["b"])
+    assert_close(epsilon["a"], climb(make(0.5), grads["a"], params["a"]))
+
+
 def test_ascents_compose_with_optax():
     ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.unnormalized_ascent(1.0))
     params, state = jnp.zeros(1), ascent.init(jnp.zeros(1))
@@ -124,11 +160,15 @@ def test_ascents_compose_with_optax():
             ValueError,
             "rho must be finite and at least 0; got rho=nan",
         ),
+        (lambda: optax_sam.normalized_ascent(jnp.float32(-1)), ValueError, "rho must be finite and at least 0"),
         (lambda: optax_sam.normalized_ascent(float("inf")), ValueError, "rho must be finite"),
         (lambda: optax_sam.normalized_ascent("0.1"), TypeError, "rho must be a real scalar or a schedule; got '0.1'"),
         (lambda: optax_sam.normalized_ascent(None), TypeError, "rho must be a real scalar or a schedule; got None"),
         (lambda: optax_sam.normalized_ascent(True), TypeError, "rho must be a real scalar or a schedule; got True"),
         (lambda: optax_sam.normalized_ascent(np.ones(2)), TypeError, "rho must be a real scalar or a schedule"),
+        (lambda: optax_sam.normalized_ascent(np.array(True)), TypeError, "rho must be a real scalar or a schedule"),
+        (lambda: optax_sam.normalized_ascent(np.array("a")), TypeError, "rho must be a real scalar or a schedule"),
+        (lambda: optax_sam.normalized_ascent(np.complex64(1)), TypeError, "rho must be a real scalar or a schedule"),
         (
             lambda: optax_sam.normalized_ascent(jnp.ones(2)),
             ValueError,

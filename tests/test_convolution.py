@@ -70,13 +70,14 @@ def test_batch_of_maps_over_a_convolution():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPU programs are rewritten")
+@pytest.mark.parametrize("wrap", [lambda function: function, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"])
 @pytest.mark.parametrize("where", ["branch", "loop"])
-def test_gradients_in_branches_and_loops_are_in_the_fast_layout(where):
+def test_gradients_in_branches_and_loops_are_in_the_fast_layout(where, wrap):
     x, kernel = problem({})
     batch = jnp.concatenate([x] * 4)
 
     def loss_fn(kernel, batch):
-        return jnp.mean(jax.nn.relu(convolve(batch, kernel, {})) ** 2)
+        return jnp.mean(wrap(lambda x, k: jax.nn.relu(convolve(x, k, {})))(batch, kernel) ** 2)
 
     link = optax_sam.sam(0.1)
     if where == "branch":

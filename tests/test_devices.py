@@ -6,7 +6,17 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params, split
+from problems import (
+    assert_close,
+    assert_identical,
+    cnn_batch,
+    cnn_loss,
+    cnn_params,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    split,
+)
 
 import optax_sam
 
@@ -150,6 +160,55 @@ def test_float_states_are_averaged_over_devices_and_counters_shared(run):
 
 
 @every_map
+def test_late_chain_with_a_float_state(run):
+    momentum = optax_sam.sharpness_aware(optax.chain(optax.ema(0.9), optax_sam.normalized_ascent(0.2)))
+    link = optax_sam.micro_batched(optax_sam.late(momentum, 1), axis_name="data")
+
+    def member(params, state, batch):
+        local = params
+        if "data" in jax.typeof(jax.lax.axis_index("data")).mat.varying:
+            local = jax.lax.pcast(params, "data", to="varying")
+        return link.update(GRAD_FN(local, batch), state, params, grad_fn=GRAD_FN, batch=batch)
+
+    first, state = run(member, PARAMS, link.init(PARAMS))
+    second, _ = run(member, PARAMS, state)
+    assert_close(first, GRAD_FN(PARAMS, BATCH))
+    assert_close(second, reference(LINKS["sam"], DEVICES)[1])
+
+
+def test_convolutions_in_loops_and_branches_equal_one_device():
+    link, params, batch = LINKS["late"], cnn_params(), cnn_batch(size=16)
+    options = {"num_micro_batches": 2, "strategy": "scan", "axis_name": "data"}
+    sharded = optax_sam.gradient_estimator(cnn_loss, link, **options)
+    single = optax_sam.gradient_estimator(cnn_loss, LINKS["sam"], num_micro_batches=8, strategy="unroll")
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = PartitionSpec(), PartitionSpec(), PartitionSpec("data")
+    mapped = jax.shard_map(sharded.value_and_grad, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    actual = jax.jit(mapped)(params, sharded.init(params), batch)[:2]
+    assert_close(actual, jax.jit(single.value_and_grad)(params, single.init(params), batch)[:2])
+
+
+def test_key_on_the_only_device_is_unchanged():
+    loss_fn = lambda w, batch, key: w * jnp.sum(batch) * jax.random.uniform(key)  # noqa: E731
+    function = optax_sam.value_and_grad(loss_fn, optax.identity(), axis_name="data")
+    arguments = jnp.ones([]), jnp.ones(4), jax.random.key(3)
+    alone = jax.vmap(function, in_axes=(None, 0, None), axis_name="data")(arguments[0], jnp.ones((1, 4)), arguments[2])
+    assert_close(jax.tree.map(lambda x: x[0], alone), jax.value_and_grad(loss_fn)(*arguments))
+
+
+@every_map
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
+def test_late_link_with_a_float_state(run, ascent_per):
+    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(0.1))
+    link = optax_sam.late(optax_sam.sharpness_aware(ascent), 1)
+    estimator = optax_sam.gradient_estimator(mlp_loss, link, ascent_per=ascent_per, axis_name="data")
+    _, grads, state = run(estimator.value_and_grad, PARAMS, estimator.init(PARAMS))
+    assert_close(grads, GRAD_FN(PARAMS, BATCH))
+    _, _, state = run(estimator.value_and_grad, PARAMS, state)
+    assert_close(state.link_states[1].ascent_state[0].ema, jax.tree.map(lambda g: g / 2, GRAD_FN(PARAMS, BATCH)))
+
+
+@every_map
 def test_devices_draw_different_random_numbers(run):
     loss_fn = lambda w, batch, key: (jnp.sum(w**2), jax.random.uniform(key))  # noqa: E731
     function = optax_sam.value_and_grad(
@@ -162,14 +221,25 @@ def test_devices_draw_different_random_numbers(run):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name)
-@pytest.mark.parametrize("link", [LINKS["sam"], LINKS["stable_sam"], LINKS["late"]], ids=["sam", "stable_sam", "late"])
-def test_jit_on_sharded_arrays_equals_one_device(axis_type, link):
-    """No mapped axis: one global batch, one global ascent, and XLA does the communication."""
+@pytest.mark.parametrize(
+    ("link", "options"),
+    [
+        (LINKS["sam"], {}),
+        (LINKS["stable_sam"], {}),
+        (LINKS["late"], {}),
+        (LINKS["sam"], {"num_micro_batches": 2, "strategy": "vmap"}),
+        (LINKS["sam"], {"num_micro_batches": 2, "strategy": "scan"}),
+        (LINKS["sam"], {"num_micro_batches": 2, "strategy": "unroll", "ascent_per": "batch"}),
+    ],
+    ids=["sam", "stable_sam", "late", "msam-vmap", "msam-scan", "accumulated"],
+)
+def test_jit_on_sharded_arrays_equals_one_device(axis_type, link, options):
+    """No mapped axis: one global batch, global micro-batches, and XLA does the communication."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
     loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
     x_key, w_key = jax.random.split(jax.random.key(0))
     w, x = jax.random.normal(w_key, (3,)), jax.random.normal(x_key, (16, 3))
-    estimator = optax_sam.gradient_estimator(loss_fn, link)
+    estimator = optax_sam.gradient_estimator(loss_fn, link, **options)
     expected = jax.jit(estimator.value_and_grad)(w, estimator.init(w), x)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))

@@ -104,11 +104,42 @@ def test_two_gradients_per_example_and_one_before_the_switch(strategy, ascent_pe
     assert run._cache_size() == 1
 
 
+@every_strategy
+@pytest.mark.parametrize(
+    ("link", "ascent_per", "executed"),
+    [
+        (optax_sam.sharpness_aware(optax_sam.normalized_ascent(0.1), steps=3), "micro_batch", [4, 4, 4]),
+        (optax_sam.switch_by(lambda step: step % 2, [optax.identity(), optax_sam.sam(0.1)]), "device", [1, 2, 1]),
+        (
+            optax_sam.switch_at({0: optax_sam.stable_sam(0.1), 1: optax.identity(), 2: optax_sam.usam(0.1)}),
+            "micro_batch",
+            [2, 1, 2],
+        ),
+    ],
+    ids=["three ascents", "alternating", "three phases"],
+)
+def test_gradients_per_example_are_those_of_the_active_link(strategy, link, ascent_per, executed):
+    counter = GradientCounter()
+    estimator = optax_sam.gradient_estimator(
+        counter.counted(mlp_loss, num_examples=2), link, num_micro_batches=4, strategy=strategy, ascent_per=ascent_per
+    )
+    run, state, counts = jax.jit(estimator.value_and_grad), estimator.init(PARAMS), []
+    for _ in executed:
+        _, _, state = run(PARAMS, state, BATCH)
+        counts.append(counter.take() / len(BATCH["y"]))
+    assert counts == executed
+
+
 @pytest.mark.parametrize("strategy", ["vmap", "unroll"])  # of a loop XLA counts the body once
-def test_flops_of_msam_are_those_of_sam(strategy):
+@pytest.mark.parametrize(
+    ("loss_fn", "params", "batch"),
+    [(mlp_loss, PARAMS, mlp_batch(size=2048)), (cnn_loss, cnn_params(), cnn_batch(size=64))],
+    ids=["mlp", "cnn"],
+)
+def test_flops_of_msam_are_those_of_sam(strategy, loss_fn, params, batch):
     def flops(link, num_micro_batches):
-        function = optax_sam.value_and_grad(mlp_loss, link, num_micro_batches=num_micro_batches, strategy=strategy)
-        program = jax.jit(function).lower(PARAMS, mlp_batch(size=2048)).compile()
+        function = optax_sam.value_and_grad(loss_fn, link, num_micro_batches=num_micro_batches, strategy=strategy)
+        program = jax.jit(function).lower(params, batch).compile()
         return program.cost_analysis()["flops"]
 
     assert flops(optax_sam.sam(0.1), 4) <= 2.02 * flops(optax.identity(), 1)
@@ -117,7 +148,13 @@ def test_flops_of_msam_are_those_of_sam(strategy):
 @every_strategy
 def test_aux_is_that_of_the_clean_pass_averaged_or_from_the_first(strategy):
     def loss_fn(w, batch):
-        aux = {"mean": jnp.mean(batch) * w, "first": batch[0].astype(jnp.int32), "flag": batch[0] > 0, "none": None}
+        aux = {
+            "mean": jnp.mean(batch) * w,
+            "first": batch[0].astype(jnp.int32),
+            "flag": batch[0] > 0,
+            "none": None,
+            "number": 3,
+        }
         return jnp.mean(w * batch) ** 2, aux
 
     batch = jnp.array([1.0, 2.0, 5.0, 10.0])
@@ -125,12 +162,13 @@ def test_aux_is_that_of_the_clean_pass_averaged_or_from_the_first(strategy):
         optax_sam.sam(5.0), jnp.ones([]), batch, loss_fn, has_aux=True, num_micro_batches=2, strategy=strategy
     )
     assert float(loss) == (1.5**2 + 7.5**2) / 2
-    assert aux == {"mean": 4.5, "first": 1, "flag": True, "none": None}
+    assert aux == {"mean": 4.5, "first": 1, "flag": True, "none": None, "number": 3}
     assert aux["first"].dtype == jnp.int32
 
 
 @every_strategy
-def test_keys_are_folded_per_micro_batch_and_the_same_in_both_passes(strategy):
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "device", "batch"])
+def test_keys_are_folded_per_micro_batch_and_the_same_in_both_passes(strategy, ascent_per):
     drawn = []
 
     def loss_fn(w, batch, key, not_a_key, *, also):
@@ -139,7 +177,9 @@ def test_keys_are_folded_per_micro_batch_and_the_same_in_both_passes(strategy):
         assert not_a_key == "text"
         return jnp.mean(w * batch) * noise * also[0]
 
-    function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(0.1), num_micro_batches=4, strategy=strategy)
+    function = optax_sam.value_and_grad(
+        loss_fn, optax_sam.sam(0.1), num_micro_batches=4, strategy=strategy, ascent_per=ascent_per
+    )
     key = jax.random.key(7)
     jax.jit(lambda w, b, k: function(w, b, k, "text", also=[jnp.ones([])]))(jnp.ones([]), jnp.arange(1.0, 9.0), key)
     jax.effects_barrier()

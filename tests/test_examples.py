@@ -158,10 +158,16 @@ def test_idx_file_shorter_than_its_header_says_is_named(tmp_path):
         datasets.load("fashion_mnist", tmp_path)
 
 
-def test_truncated_cifar10_archive_is_named(tmp_path):
+def flip_a_bit(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-5000], lambda data: data[:-8], flip_a_bit])
+def test_damaged_cifar10_archive_is_named(tmp_path, damage):
     write_cifar10(tmp_path)
     path = tmp_path / "cifar-10-binary.tar.gz"
-    path.write_bytes(path.read_bytes()[:-5000])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(datasets.DatasetError, match=r"cifar-10-binary.tar.gz is damaged"):
         datasets.load("cifar10", tmp_path)
 

@@ -60,6 +60,19 @@ def test_state_is_that_of_the_inner_transformation():
     assert_close(optax_sam.renormalized(inner).init(jnp.ones(2)), inner.init(jnp.ones(2)))
 
 
+def test_averaging_inside_is_refused():
+    link = optax_sam.renormalized(optax_sam.msam(0.1))
+    with pytest.raises(
+        ValueError, match=r"float32\[4,2\] and inner returned float32\[2\].*`micro_batched\(renormalized"
+    ):
+        link.update(jnp.ones((4, 2)), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=lambda p, b: p, batch=jnp.ones(4))
+
+
+def test_extreme_gradients_keep_their_norm():
+    grads = jnp.array([1e38, 1.0, 0.0])
+    assert_close(jax.jit(lambda g: renormalize(optax_sam.renormalized(scaled_by(0.5)), g))(grads), grads)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -169,7 +169,7 @@ IDENTITY = optax.identity()
         (lambda: optax_sam.switch_at({}), ValueError, r"must begin at 0 and increase; got \[\]"),
         (lambda: optax_sam.switch_at({5: IDENTITY}), ValueError, r"must begin at 0 and increase; got \[5\].*identity"),
         (lambda: optax_sam.switch_at({0: IDENTITY, 9: IDENTITY, 4: IDENTITY}), ValueError, r"got \[0, 9, 4\]"),
-        (lambda: optax_sam.late(IDENTITY, -1), ValueError, r"must begin at 0 and increase; got \[0, -1\]"),
+        (lambda: optax_sam.late(IDENTITY, -1), ValueError, "start must be at least 0; got start=-1"),
         (lambda: optax_sam.switch_at({0: IDENTITY, 2**40: IDENTITY}), ValueError, "must fit in int32.*1099511627776"),
         (lambda: optax_sam.switch_at({0: IDENTITY, 1.5: IDENTITY}), TypeError, r"must be ints.*got 1\.5"),
         (lambda: optax_sam.switch_at({False: IDENTITY}), TypeError, "must be ints.*got False"),

@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import GradientCounter, assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params, training_step
+from problems import (
+    GradientCounter,
+    assert_close,
+    assert_identical,
+    cnn_batch,
+    cnn_loss,
+    cnn_params,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    training_step,
+)
 
 import optax_sam
 
@@ -232,12 +243,15 @@ def test_inject_hyperparams(rho):
         assert_close(outputs[0], outputs[1])
 
 
-def test_ratio_of_flops_to_sgd_is_two():
-    params, batch = mlp_params(), mlp_batch(size=512)
-
+@pytest.mark.parametrize(
+    ("loss_fn", "params", "batch"),
+    [(mlp_loss, mlp_params(), mlp_batch(size=512)), (cnn_loss, cnn_params(), cnn_batch(size=64))],
+    ids=["mlp", "cnn"],
+)
+def test_ratio_of_flops_to_sgd_is_two(loss_fn, params, batch):
     def flops(link):
         tx = optax.with_extra_args_support(optax.chain(link, optax.sgd(0.1)))
-        program = jax.jit(training_step(tx)).lower(params, tx.init(params), batch).compile()
+        program = jax.jit(training_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile()
         return program.cost_analysis()["flops"]
 
     assert flops(optax_sam.sam(0.1)) <= 2.02 * flops(optax.identity())
