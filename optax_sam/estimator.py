@@ -245,14 +245,21 @@ def _split(batch: Any, num_shards: int) -> Any:
     batch_size = leading_size(batch=batch)
     if batch_size is not None and batch_size % num_shards:
         raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}.")
-    return jax.tree.map(lambda x: jnp.reshape(x, (num_shards, jnp.shape(x)[0] // num_shards, *jnp.shape(x)[1:])), batch)
+
+    def split(leaf):
+        leaf = jnp.asarray(leaf)
+        spec = jax.typeof(leaf).sharding.spec  # of an Explicit mesh; elsewhere XLA chooses
+        sharding = jax.sharding.PartitionSpec(None, *spec) if any(spec) else None
+        return jnp.reshape(leaf, (num_shards, leaf.shape[0] // num_shards, *leaf.shape[1:]), out_sharding=sharding)
+
+    return jax.tree.map(split, batch)
 
 
 def _shard_number(index: Any, num_shards: int, axis_name: str | None) -> Any:
     """The index of a micro-batch, counted over all members of the axis; None where there is only one."""
-    if axis_name is None:
-        return None if num_shards == 1 else index
-    return jax.lax.axis_index(axis_name) * num_shards + index
+    if num_shards * (1 if axis_name is None else jax.lax.axis_size(axis_name)) == 1:
+        return None
+    return index if axis_name is None else jax.lax.axis_index(axis_name) * num_shards + index
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:
