@@ -1,5 +1,6 @@
 """The contract: what every recipe and combinator promises, over the registry of all of them."""
 
+import functools
 import inspect
 
 import flax.core
@@ -58,9 +59,25 @@ def gradients_by_step(member, rho, loss_fn=mlp_loss, params=None, batch=None):
     return run(params, batch)
 
 
-def trajectory(member, link, loss_fn, params, batch):
-    tx = optax.with_extra_args_support(optimizer(link))
-    step, state = jax.jit(training_step(tx, loss_fn, member.stacked)), tx.init(params)
+@functools.cache
+def plain_gradients_by_step(member, rho=RHO):
+    return gradients_by_step(member, rho)
+
+
+def mean_over_micro_batches(stacked):
+    return optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.mean(x, 0), g) if stacked else g)
+
+
+@functools.cache
+def trajectory(link_of, argument, stacked, model):
+    """Params after some steps of the optimizer behind ``link_of(argument)``."""
+    loss_fn, params, batch = {
+        "mlp": (mlp_loss, mlp_params(), mlp_batch()),
+        "cnn": (cnn_loss, cnn_params(), cnn_batch()),
+    }[model]
+    batch = split(batch, MICRO_BATCHES) if stacked else batch
+    tx = optax.with_extra_args_support(optimizer(link_of(argument)))
+    step, state = jax.jit(training_step(tx, loss_fn, stacked)), tx.init(params)
     for _ in range(STEPS):
         params, state = step(params, state, batch)
     return params
@@ -79,16 +96,10 @@ def test_registry_has_every_public_link():
 
 
 @every_member
-@pytest.mark.parametrize(
-    ("loss_fn", "params", "batch"),
-    [(mlp_loss, mlp_params, mlp_batch), (cnn_loss, cnn_params, cnn_batch)],
-    ids=["mlp", "cnn"],
-)
-def test_rho_zero_is_the_base_optimizer_bit_for_bit(member, loss_fn, params, batch):
-    batch = batch_for(member, batch())
-    base = optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.mean(x, 0), g) if member.stacked else g)
-    expected = trajectory(member, base, loss_fn, params(), batch)
-    actual = trajectory(member, member.make(0.0), loss_fn, params(), batch)
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(member, model):
+    expected = trajectory(mean_over_micro_batches, member.stacked, member.stacked, model)
+    actual = trajectory(member.make, 0.0, member.stacked, model)
     if member.stacked or member.renormalizes or "stable" in member.name or member.name == "switch_at":
         # vmap has other kernels for batched params; the two norms of one gradient may be summed in different orders.
         assert_close(actual, expected)
@@ -98,7 +109,7 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(member, loss_fn, params, bat
 
 @every_member
 def test_rho_makes_a_difference_when_active(member):
-    grads, moved = gradients_by_step(member, 0.0), gradients_by_step(member, RHO)
+    grads, moved = plain_gradients_by_step(member, 0.0), plain_gradients_by_step(member)
     for step, extra in enumerate(member.extra_gradients):
         differs = any(
             not np.allclose(a[step], b[step], rtol=1e-4)
@@ -172,24 +183,21 @@ def test_norm_is_global_and_none_leaves_and_containers_are_kept(member):
     kernel = whole["hidden"]["kernel"]
     rest = {"bias": whole["hidden"]["bias"], "output": whole["output"], "nothing": None}
     parts = flax.core.freeze({"top": kernel[:1], "bottom": (kernel[1:], None), **rest})
-    expected, actual = gradients_by_step(member, RHO), gradients_by_step(member, RHO, joined_loss, parts)
+    expected, actual = plain_gradients_by_step(member), gradients_by_step(member, RHO, joined_loss, parts)
     assert jax.tree.structure(actual) == jax.tree.structure(parts)
     assert_close(jnp.concatenate([actual["top"], actual["bottom"][0]], axis=1), expected["hidden"]["kernel"])
     assert_close(actual["bias"], expected["hidden"]["bias"])
 
 
-@every_member
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.scale_free], ids=lambda m: m.name)
 def test_scaling_the_loss_scales_the_gradient(member):
-    if not member.scale_free:
-        assert "usam" in inspect.getsource(member.make)
-        return
     scaled = gradients_by_step(member, RHO, lambda params, batch: 8.0 * mlp_loss(params, batch))
-    assert_close(jax.tree.map(lambda g: g / 8, scaled), gradients_by_step(member, RHO))
+    assert_close(jax.tree.map(lambda g: g / 8, scaled), plain_gradients_by_step(member))
 
 
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.renormalizes], ids=lambda m: m.name)
 def test_renormalized_gradients_have_the_norm_of_the_clean_one(member):
-    outputs = jax.tree.map(lambda x: x[0], gradients_by_step(member, RHO))
+    outputs = jax.tree.map(lambda x: x[0], plain_gradients_by_step(member))
     clean = jax.grad(mlp_loss)(mlp_params(), mlp_batch())
     np.testing.assert_allclose(float(optax.tree.norm(outputs)), float(optax.tree.norm(clean)), rtol=1e-6)
 
@@ -198,13 +206,13 @@ def test_renormalized_gradients_have_the_norm_of_the_clean_one(member):
 def test_one_micro_batch_is_the_inner_link(member):
     inner = {"msam": "sam", "micro_batched-stable": "stable_sam", "late-msam": "late-sam"}[member.name]
     [single] = [m for m in MEMBERS if m.name == inner]
-    assert_close(gradients_by_step(member, RHO, batch=split(mlp_batch(), 1)), gradients_by_step(single, RHO))
+    assert_close(gradients_by_step(member, RHO, batch=split(mlp_batch(), 1)), plain_gradients_by_step(single))
 
 
 @every_member
 def test_rho_can_be_an_injected_hyperparameter(member):
     injected = member._replace(make=lambda rho: optax.inject_hyperparams(member.make)(rho=rho))
-    assert_close(gradients_by_step(injected, RHO), gradients_by_step(member, RHO))
+    assert_close(gradients_by_step(injected, RHO), plain_gradients_by_step(member))
 
 
 @pytest.mark.parametrize("member", [m for m in MEMBERS if not m.stacked], ids=lambda m: m.name)
@@ -241,7 +249,8 @@ def test_extreme_gradients_stay_finite_and_keep_their_dtype(member, dtype):
     def update(size, state):
         grads = jax.tree.map(lambda w: jnp.full_like(w, size), params)
         given = jax.tree.map(lambda g: jnp.stack([g] * 2), grads) if member.stacked else grads
-        return link.update(given, state, params, grad_fn=lambda p, _: grads, batch=jnp.zeros(2))
+        grad_fn = lambda p, _: jax.tree.map(lambda g, w: jnp.where(jnp.isfinite(w), g, jnp.nan), grads, p)  # noqa: E731
+        return link.update(given, state, params, grad_fn=grad_fn, batch=jnp.zeros(2))
 
     tiny, huge = (1e-7, 6e4) if dtype == jnp.float16 else (1e-30, 1e30)
     for size in (0.0, tiny, 1.0, huge):
@@ -281,17 +290,6 @@ def test_strict_promotion_and_nan_checks_are_enough(member):
     with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
         grad_fn = lambda p, b: jax.tree.map(jnp.ones_like, p)  # noqa: E731
         jax.jit(lambda g, p, b: link.update(g, link.init(p), p, grad_fn=grad_fn, batch=b)[0])(grads, params, batch)
-
-
-@every_member
-def test_perturbed_params_are_never_returned(member):
-    params, batch = mlp_params(), batch_for(member)
-    tx = optax.chain(member.make(10.0), optax.set_to_zero())
-    state = tx.init(params)
-    step = jax.jit(training_step(tx, stacked=member.stacked))
-    for _ in range(3):
-        after, state = step(params, state, batch)
-        assert_identical(after, params)
 
 
 def numpy_reference(method, gradient, w, velocity, rho, learning_rate=0.05, momentum=0.9, decay=0.01):
