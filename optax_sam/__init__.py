@@ -5,6 +5,7 @@ from optax_sam.averaging import micro_batched
 from optax_sam.estimator import GradientEstimator, gradient_estimator, value_and_grad
 from optax_sam.family import asam, late, msam, sam, stable_sam, usam
 from optax_sam.renormalization import renormalized
+from optax_sam.sharding import sharded
 from optax_sam.switching import SwitchState, switch_at, switch_by
 from optax_sam.transform import SharpnessAwareState, sharpness_aware
 
@@ -24,6 +25,7 @@ __all__ = [
     "normalized_ascent",
     "renormalized",
     "sam",
+    "sharded",
     "sharpness_aware",
     "stable_sam",
     "switch_at",

@@ -7,7 +7,7 @@ leaves alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from optax_sam.axes import Shards, vary
+
 NO_PARAMS_MESSAGE = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
     "when calling `update`."
 )
+UNSHARDED = Shards()
 
 
 class AscentState(NamedTuple):
@@ -32,7 +35,7 @@ class AscentState(NamedTuple):
     ascent_step: jax.Array
 
 
-def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Step of length rho along the gradient.
 
     .. math::
@@ -61,16 +64,16 @@ def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformati
         <https://arxiv.org/abs/2010.01412>`_, 2021
     """
 
-    def perturbation(radius, updates, params):
+    def perturbation(radius, updates, params, shards):
         del params
-        norm = norm_of(updates)
+        norm = norm_of(updates, shards)
         factor = divide(radius, norm.ratio)
         return jax.tree.map(lambda g: rescale(g, norm.unit, factor), updates)
 
     return _ascent(rho, perturbation)
 
 
-def unnormalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def unnormalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Step of rho times the gradient (USAM).
 
     .. math::
@@ -97,15 +100,17 @@ def unnormalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransforma
         <https://arxiv.org/abs/2206.06232>`_, 2022
     """
 
-    def perturbation(radius, updates, params):
-        del params
+    def perturbation(radius, updates, params, shards):
+        del params, shards
         one = jnp.ones([], jnp.float32)
         return jax.tree.map(lambda g: rescale(g, one, jnp.asarray(radius)), updates)
 
     return _ascent(rho, perturbation)
 
 
-def adaptive_ascent(rho: optax.ScalarOrSchedule, eta: jax.typing.ArrayLike = 0.01) -> optax.GradientTransformation:
+def adaptive_ascent(
+    rho: optax.ScalarOrSchedule, eta: jax.typing.ArrayLike = 0.01
+) -> optax.GradientTransformationExtraArgs:
     r"""Step of length rho in units of the params' own magnitude (ASAM).
 
     .. math::
@@ -138,12 +143,12 @@ def adaptive_ascent(rho: optax.ScalarOrSchedule, eta: jax.typing.ArrayLike = 0.0
     """
     check_nonnegative("eta", eta)
 
-    def perturbation(radius, updates, params):
+    def perturbation(radius, updates, params, shards):
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
         widths = jax.tree.map(lambda w, g: (jnp.abs(widen(w)) + eta).astype(widen(g).dtype), params, updates)
         stretched = jax.tree.map(lambda t, g: t * widen(g), widths, updates)
-        norm = norm_of(stretched)
+        norm = norm_of(stretched, shards)
         factor = divide(radius, norm.ratio)
         return jax.tree.map(
             lambda t, h, g: (t * rescale(h, norm.unit, factor)).astype(jnp.asarray(g).dtype), widths, stretched, updates
@@ -152,25 +157,27 @@ def adaptive_ascent(rho: optax.ScalarOrSchedule, eta: jax.typing.ArrayLike = 0.0
     return _ascent(rho, perturbation)
 
 
-def _ascent(rho: optax.ScalarOrSchedule, perturbation: Callable[[Any, Any, Any], Any]) -> optax.GradientTransformation:
-    """The transformation ``perturbation(rho, updates, params)``, with a step count if rho is a schedule."""
-    if not callable(rho):
+def _ascent(
+    rho: optax.ScalarOrSchedule, perturbation: Callable[[Any, Any, Any, Shards], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation ``perturbation(rho, updates, params, shards)``, with a step count if rho is a schedule."""
+    schedule = rho if callable(rho) else None
+    if schedule is None:
         check_nonnegative("rho", rho)
-        return optax.GradientTransformation(
-            lambda params: optax.EmptyState(),
-            lambda updates, state, params=None: (perturbation(rho, updates, params), state),
-        )
 
     def init(params):
         del params
-        return AscentState(ascent_step=jnp.zeros([], jnp.int32))
+        return optax.EmptyState() if schedule is None else AscentState(ascent_step=jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None):
-        radius = rho(state.ascent_step)
+    def update(updates, state, params=None, *, shards=UNSHARDED, **extra_args):
+        del extra_args
+        if schedule is None:
+            return perturbation(rho, updates, params, shards), state
+        radius = schedule(state.ascent_step)
         next_step = jnp.asarray(optax.safe_increment(state.ascent_step))
-        return perturbation(radius, updates, params), AscentState(ascent_step=next_step)
+        return perturbation(radius, updates, params, shards), AscentState(ascent_step=next_step)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Norm(NamedTuple):
@@ -185,24 +192,36 @@ class Norm(NamedTuple):
     ratio: jax.Array
 
 
-def norm_of(tree: Any) -> Norm:
-    """L2 norm over all leaves, in float32 or wider; exact zero for zero.
+def norm_of(tree: Any, shards: Shards = UNSHARDED) -> Norm:
+    """L2 norm over all leaves and all their shards, in float32 or wider; exact zero for zero.
 
     ``optax.tree.norm`` squares and adds in the dtype of the leaves: bfloat16 sums are off by half, float16 ones
     overflow.
     """
-    leaves = [widen(leaf) for leaf in jax.tree.leaves(tree) if jnp.size(leaf)]
-    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf in leaves)
+    axes_of_leaves = shards.axes_of_leaves(tree)
+    leaves = [(widen(x), axes) for x, axes in zip(jax.tree.leaves(tree), axes_of_leaves, strict=True) if jnp.size(x)]
+    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf, _ in leaves)
     dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
     if not leaves:
         return Norm(unit=jnp.ones([], dtype), ratio=jnp.zeros([], dtype))
-    leaves = [leaf.astype(np.result_type(leaf.dtype, dtype)) for leaf in leaves]
-    peak = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves])))
+    leaves = [(leaf.astype(np.result_type(leaf.dtype, dtype)), axes) for leaf, axes in leaves]
+    peak = _reduced([(jax.lax.stop_gradient(jnp.max(jnp.abs(x))), axes) for x, axes in leaves], jnp.max, jax.lax.pmax)
     safe = 5 * jnp.finfo(dtype).maxexp // 16
     unit = jnp.where(peak > 2.0**safe, 4.0**safe, jnp.where(peak < 2.0**-safe, 4.0**-safe, 1.0)).astype(dtype)
-    square = jnp.sum(jnp.stack([_sum_of_squares(leaf / unit) for leaf in leaves]))
+    square = _reduced([(_sum_of_squares(leaf / unit), axes) for leaf, axes in leaves], jnp.sum, jax.lax.psum)
     zero = square == 0
     return Norm(unit, ratio=jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))))
+
+
+def _reduced(
+    scalars: Sequence[tuple[jax.Array, tuple[str, ...]]], reduce: Callable, reduce_over: Callable
+) -> jax.Array:
+    """All the scalars in one, each first reduced over the mapped axes beside it."""
+    groups = {}
+    for scalar, axes in scalars:
+        groups.setdefault(axes, []).append(scalar)
+    local = {axes: reduce(jnp.stack(group)) for axes, group in groups.items()}
+    return reduce(jnp.stack([reduce_over(vary(x, axes), axes) if axes else x for axes, x in local.items()]))
 
 
 def widen(leaf: jax.typing.ArrayLike) -> jax.Array:

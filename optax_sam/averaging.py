@@ -4,17 +4,20 @@ Averaging after the ascent is mSAM: each micro-batch has its own ε. Averaging b
 all; that is the plain link, fed with averaged gradients and a ``grad_fn`` that returns averaged gradients.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_sam.transform import as_link, is_float, varying_axes
+from optax_sam.axes import AxisNames, as_axes, is_checked, note_average, vary, varying_axes
+from optax_sam.transform import as_link, is_float
 
 
 def micro_batched(
-    inner: optax.GradientTransformation, axis_name: str | None = None
+    inner: optax.GradientTransformation, axis_name: AxisNames | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Applies ``inner`` to each micro-batch, all at the same params, and returns the mean.
 
@@ -25,22 +28,23 @@ def micro_batched(
       which ``inner`` is vmapped (the shapes of ``optax.contrib.differentially_private_aggregate``).
     - With ``axis_name``: the micro-batches are the members of that axis of ``pmap``, ``shard_map`` or ``vmap``.
       ``updates`` is this member's own gradient, *not* averaged; one ``pmean`` at the end is the only communication.
+      With several micro-batches on each member: ``micro_batched(micro_batched(inner), axis_name)``.
 
     The state of ``inner`` is one state, shared and advanced once per step: its float leaves are averaged over the
-    micro-batches, all other leaves are the same in each.
+    micro-batches, all other leaves are those of the first.
 
     Args:
         inner: link to apply to each micro-batch.
-        axis_name: the mapped axis whose members are the micro-batches, or None.
+        axis_name: the mapped axis whose members are the micro-batches, or several, or None.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with the state of ``inner``.
 
     Raises:
-        TypeError: inner is not a transformation, or axis_name is neither a string nor None.
+        TypeError: inner is not a transformation, or axis_name is not made of strings.
         ValueError: at ``update``: leaves without a common leading axis; a gradient function without a ``batch``;
-            axis_name is not a mapped axis; or the gradient was already summed over it, as ``shard_map`` does for
-            replicated params.
+            axis_name is not a mapped axis; the gradient was already summed over it, as ``shard_map`` does for
+            replicated params; or the params vary over it.
 
     Example:
         >>> import optax_sam
@@ -57,10 +61,8 @@ def micro_batched(
         <https://arxiv.org/abs/2302.09693>`_, 2023
     """
     inner = as_link("inner", inner)
-    check_axis_name(axis_name)
-
     if axis_name is not None:
-        return optax.GradientTransformationExtraArgs(inner.init, _over_axis(inner, axis_name))
+        return optax.GradientTransformationExtraArgs(inner.init, _over_axes(inner, as_axes(axis_name)))
 
     def update(updates, state, params=None, *, batch=None, **extra_args):
         if batch is None and (extra_args.get("grad_fn") or extra_args.get("value_fn")):
@@ -73,25 +75,39 @@ def micro_batched(
         def update_one(gradient, micro_batch):
             return inner.update(gradient, state, params, batch=micro_batch, **extra_args)
 
+        note_average("a leading axis of micro-batches")
         return mean_of_stack(jax.vmap(update_one)(updates, batch))
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _over_axis(inner: optax.GradientTransformationExtraArgs, axis_name: str) -> optax.TransformUpdateExtraArgsFn:
-    """The ``update`` of ``inner``, averaged over the members of a mapped axis."""
+def _over_axes(inner: optax.GradientTransformationExtraArgs, axes: tuple[str, ...]) -> optax.TransformUpdateExtraArgsFn:
+    """The ``update`` of ``inner``, averaged over the members of mapped axes."""
 
     def update(updates, state, params=None, **extra_args):
-        if axis_is_checked(axis_name) and any(axis_name not in varying_axes(g) for g in jax.tree.leaves(updates)):
+        check_replicated(params, axes)
+        if is_checked(axes) and not all(varying_axes(g).issuperset(axes) for g in jax.tree.leaves(updates)):
+            axis = axes[0] if len(axes) == 1 else axes
             raise ValueError(
-                f"The gradient does not vary over {axis_name!r}: it was already summed or averaged over that axis, but "
+                f"The gradient does not vary over {axis!r}: it was already summed or averaged over that axis, but "
                 "micro-batches need one gradient each. Under shard_map, jax.grad sums over the devices if params are "
-                f"replicated; differentiate at `jax.lax.pcast(params, {axis_name!r}, to='varying')`, or let "
-                f"`gradient_estimator(loss_fn, link, axis_name={axis_name!r})` do it."
+                f"replicated; differentiate at `jax.lax.pcast(params, {axis!r}, to='varying')`, or let "
+                f"`gradient_estimator(loss_fn, link, axis_name={axis!r})` do it."
             )
-        return mean_over_axis(inner.update(updates, state, params, **extra_args), axis_name)
+        note_average(f"the mapped axis {' and '.join(map(repr, axes))}")
+        return mean_over_axes(inner.update(updates, state, params, **extra_args), axes)
 
     return update
+
+
+def check_replicated(params: Any, axes: Sequence[str]) -> None:
+    """Raises if params are known to differ between the members that are to hold the micro-batches."""
+    for axis in sorted(varying_axes(params) & set(axes)):
+        raise ValueError(
+            f"The params vary over {axis!r}, the mapped axis whose members hold micro-batches. If they were marked by "
+            "jax.lax.pcast, pass the unmarked params. If they are sharded over it, all shards need one gradient: "
+            f"average the loss in loss_fn, `jax.lax.pmean(loss, {axis!r})`, and use `sharded(link, {axis!r})` instead."
+        )
 
 
 def _check_stacked(updates: Any, batch: Any, params: Any) -> None:
@@ -124,37 +140,34 @@ def leading_size(**trees: Any) -> int | None:
 
 
 def mean_of_stack(tree: Any) -> Any:
-    """Means of the float leaves over their leading axis; the first entry of all other leaves."""
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_float(x) else x[0], tree)
+    """Means of the float leaves over their leading axis; of all other leaves the first entry."""
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_float(x) else _first_entry(x), tree)
 
 
-def mean_over_axis(tree: Any, axis_name: str) -> Any:
-    """Means of the float leaves over the members of a mapped axis, in one ``pmean``; other leaves as they are."""
-    checked = axis_is_checked(axis_name)
-    leaves, structure = jax.tree.flatten(tree)
-    local = [
-        position
-        for position, leaf in enumerate(leaves)
-        if is_float(leaf) and not (checked and axis_name not in varying_axes(leaf))
-    ]
-    means = jax.lax.pmean([leaves[position] for position in local], axis_name)
-    for position, mean in zip(local, means, strict=True):
-        leaves[position] = mean
-    return jax.tree.unflatten(structure, leaves)
+def _first_entry(stack: jax.Array) -> jax.Array:
+    mesh, spec = jax.typeof(stack).sharding.mesh, jax.typeof(stack).sharding.spec
+    if spec[0]:  # an Explicit mesh refuses to index along an axis that is sharded
+        stack = jax.sharding.reshard(stack, NamedSharding(mesh, PartitionSpec(None, *spec[1:])))
+    return stack[0]
 
 
-def axis_is_checked(axis_name: str) -> bool:
-    """Whether axis_name belongs to a ``shard_map`` that tracks what varies over it (``check_vma=True``)."""
-    try:
-        return axis_name in varying_axes(jax.lax.axis_index(axis_name))
-    except NameError as error:
-        raise ValueError(
-            f"{axis_name=} is not a mapped axis here. Call this under jax.pmap, jax.shard_map or jax.vmap with that "
-            "axis name, or leave axis_name out."
-        ) from error
+def mean_over_axes(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Means of the float leaves over the members of mapped axes; of all other leaves the first member's."""
+    checked = is_checked(axes)
+
+    def reduced(leaf):
+        leaf = jnp.asarray(leaf)
+        if checked and not varying_axes(leaf) & set(axes):
+            return leaf
+        leaf = vary(leaf, axes)
+        return jax.lax.pmean(leaf, axes) if is_float(leaf) else _of_first_member(leaf, axes)
+
+    return jax.tree.map(reduced, tree)
 
 
-def check_axis_name(axis_name: Any) -> None:
-    """Raises unless axis_name is a string or None."""
-    if axis_name is not None and not isinstance(axis_name, str):
-        raise TypeError(f"axis_name must be the name of a mapped axis, or None; got {axis_name!r}.")
+def _of_first_member(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _of_first_member(jax.random.key_data(leaf), axes)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    first = jax.lax.axis_index(axes) == 0
+    return jax.lax.psum(jnp.where(first, leaf, 0), axes).astype(leaf.dtype)

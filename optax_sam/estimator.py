@@ -13,11 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_sam.ascent import widen
-from optax_sam.averaging import axis_is_checked, check_axis_name, leading_size, mean_of_stack, mean_over_axis
+from optax_sam.averaging import check_replicated, leading_size, mean_of_stack, mean_over_axes
+from optax_sam.axes import AxisNames, as_axes, check_mapped, vary, varying_axes
 from optax_sam.convolution import canonicalized
-from optax_sam.transform import as_link, check_positive_int, is_float, vary, varying_axes
+from optax_sam.sharding import axes_in, mesh_axes_of_examples, num_devices, on_each_device
+from optax_sam.transform import as_link, check_positive_int, is_float
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 ASCENTS_PER = ("micro_batch", "device", "batch")
@@ -50,7 +53,7 @@ def gradient_estimator(
     num_micro_batches: int = 1,
     ascent_per: str = "micro_batch",
     strategy: str = "auto",
-    axis_name: str | None = None,
+    axis_name: AxisNames | None = None,
 ) -> GradientEstimator:
     r"""Applies a link to a loss function: one call returns the loss, the link's gradient and the link's new state.
 
@@ -110,14 +113,34 @@ def gradient_estimator(
     check_positive_int("num_micro_batches", num_micro_batches)
     _check_choice("ascent_per", ascent_per, ASCENTS_PER)
     _check_choice("strategy", strategy, STRATEGIES)
-    check_axis_name(axis_name)
+    axes = () if axis_name is None else as_axes(axis_name)
+    if ascent_per == "device" and not axes:
+        raise ValueError(
+            'ascent_per="device" needs axis_name, the mapped axis whose members are the devices; under jax.jit alone '
+            'devices are not visible. There, one ε per device is ascent_per="micro_batch" with num_micro_batches = the '
+            'number of devices, and one ε for all is ascent_per="batch".'
+        )
 
     def value_and_grad(params, state, /, *args, **kwargs):
-        unsummed = {axis_name} if axis_name is not None and axis_is_checked(axis_name) else set()
+        check_mapped(axes)
+        if num_micro_batches > 1:
+            if not args:
+                raise ValueError(
+                    f"{num_micro_batches=} needs a batch to split: call value_and_grad(params, state, batch)."
+                )
+            _check_divisible(args[0], num_micro_batches, axes)
+            mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
+            shards_of_device, rest = divmod(num_micro_batches, num_devices(mesh, mesh_axes))
+            if mesh_axes and not rest and not axes and ascent_per == "micro_batch":
+                options = {"has_aux": has_aux, "strategy": strategy, "num_micro_batches": shards_of_device}
+                on_device = gradient_estimator(loss_fn, link, axis_name=mesh_axes, **options).value_and_grad
+                return on_each_device(on_device, mesh, mesh_axes)(params, state, *args, **kwargs)
+
+        check_replicated(params, axes)
 
         def local(point):
-            """The point, marked as varying over the axis: its gradient is then this member's own, not their sum."""
-            return jax.tree.map(lambda w: vary(jnp.asarray(w), unsummed), point) if unsummed else point
+            """The point, marked as varying over the axes: its gradient is then this member's own, not their sum."""
+            return jax.tree.map(lambda w: vary(jnp.asarray(w), axes), point) if axes else point
 
         def apply_link(average):
             """Value, gradient and state of the link, where ``average`` runs over all the losses that share one ε."""
@@ -131,14 +154,14 @@ def gradient_estimator(
 
         def over_micro_batches(evaluate):
             def evaluate_one(index, arguments, keywords):
-                number = _shard_number(index, num_micro_batches, axis_name)
+                number = _shard_number(index, num_micro_batches, axes)
                 arguments, keywords = _fold_keys((arguments, keywords), number)
                 return evaluate(lambda params: loss_fn(params, *arguments, **keywords))
 
             return _mean_over_shards(evaluate_one, args, kwargs, num_micro_batches, strategy)
 
         def over_devices(tree):
-            return tree if axis_name is None else mean_over_axis(tree, axis_name)
+            return mean_over_axes(tree, axes) if axes else tree
 
         if ascent_per == "micro_batch":
             return over_devices(over_micro_batches(lambda loss: apply_link(lambda evaluate: evaluate(loss))))
@@ -212,10 +235,6 @@ def _mean_over_shards(
     """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""
     if num_shards == 1:
         return evaluate(0, args, kwargs)
-    if not args:
-        raise ValueError(
-            f"num_micro_batches={num_shards} needs a batch to split: call value_and_grad(params, state, batch)."
-        )
     batch = _split(args[0], num_shards)
 
     def evaluate_shard(index, shard):
@@ -240,26 +259,44 @@ def _mean_over_shards(
     return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if is_float(x) else t, total, first)
 
 
+def _check_divisible(batch: Any, num_shards: int, axes: tuple[str, ...]) -> None:
+    """Raises unless the examples of the batch make ``num_shards`` equal shards."""
+    batch_size = leading_size(batch=batch)
+    if batch_size is None or not batch_size % num_shards:
+        return
+    if not axes:
+        raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}.")
+    members = jax.lax.axis_size(axes)
+    raise ValueError(
+        f"The batch size must be divisible by devices × num_micro_batches; got {batch_size * members} examples, "
+        f"{members} members of the mapped axis {' × '.join(map(repr, axes))} and num_micro_batches={num_shards}."
+    )
+
+
 def _split(batch: Any, num_shards: int) -> Any:
     """The batch with leaves (B, ...) reshaped to (num_shards, B / num_shards, ...)."""
-    batch_size = leading_size(batch=batch)
-    if batch_size is not None and batch_size % num_shards:
-        raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}.")
 
     def split(leaf):
         leaf = jnp.asarray(leaf)
-        spec = jax.typeof(leaf).sharding.spec  # of an Explicit mesh; elsewhere XLA chooses
-        sharding = jax.sharding.PartitionSpec(None, *spec) if any(spec) else None
-        return jnp.reshape(leaf, (num_shards, leaf.shape[0] // num_shards, *leaf.shape[1:]), out_sharding=sharding)
+        size = leaf.shape[0] // num_shards
+        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+        devices = num_devices(mesh, axes_in(spec[:1]))
+        if size % devices:
+            raise ValueError(
+                "The batch size must be divisible by devices × num_micro_batches, or num_micro_batches by devices; got "
+                f"{leaf.shape[0]} examples, {devices} devices and num_micro_batches={num_shards}."
+            )
+        sharding = NamedSharding(mesh, PartitionSpec(None, *spec)) if any(spec) else None
+        return jnp.reshape(leaf, (num_shards, size, *leaf.shape[1:]), out_sharding=sharding)
 
     return jax.tree.map(split, batch)
 
 
-def _shard_number(index: Any, num_shards: int, axis_name: str | None) -> Any:
-    """The index of a micro-batch, counted over all members of the axis; None where there is only one."""
-    if num_shards * (1 if axis_name is None else jax.lax.axis_size(axis_name)) == 1:
+def _shard_number(index: Any, num_shards: int, axes: tuple[str, ...]) -> Any:
+    """The index of a micro-batch, counted over all members of the axes; None where there is only one."""
+    if num_shards * (jax.lax.axis_size(axes) if axes else 1) == 1:
         return None
-    return index if axis_name is None else jax.lax.axis_index(axis_name) * num_shards + index
+    return jax.lax.axis_index(axes) * num_shards + index if axes else index
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:

@@ -1,13 +1,12 @@
 r"""Renormalization: the direction of the SAM gradient at the length of the clean one."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import check_nonnegative, divide, norm_of, rescale
-from optax_sam.transform import as_link, varying_axes
+from optax_sam.ascent import UNSHARDED, check_nonnegative, divide, norm_of, rescale
+from optax_sam.axes import check_declared, noting_averages
+from optax_sam.transform import as_link
 
 
 def renormalized(
@@ -47,23 +46,20 @@ def renormalized(
     if max_scale is not None:
         check_nonnegative("max_scale", max_scale)
 
-    def update(updates, state, params=None, **extra_args):
-        outputs, state = inner.update(updates, state, params, **extra_args)
-        _check_alike(updates, outputs)
-        norm, target = norm_of(outputs), norm_of(updates)
+    def update(updates, state, params=None, *, shards=UNSHARDED, **extra_args):
+        check_declared(params, shards)
+        with noting_averages() as averages:
+            outputs, state = inner.update(updates, state, params, shards=shards, **extra_args)
+        if averages:
+            raise ValueError(
+                f"renormalized(inner): inner averages over {' and '.join(sorted(averages))}, and the norm of an "
+                "average is not that of what it was made of. Averaging belongs around the renormalization: "
+                "`micro_batched(renormalized(inner))`."
+            )
+        norm, target = norm_of(outputs, shards), norm_of(updates, shards)
         scale = divide(target.ratio, norm.ratio) * (target.unit / norm.unit)
         if max_scale is not None:
             scale = jnp.minimum(scale, jnp.asarray(max_scale).astype(scale.dtype))
         return jax.tree.map(lambda s: rescale(s, jnp.ones_like(scale), scale), outputs), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _check_alike(updates: Any, outputs: Any) -> None:
-    """Raises if ``inner`` averaged over micro-batches: the norm of their gradients is not that of the mean."""
-    for update, output in zip(jax.tree.leaves(updates), jax.tree.leaves(outputs), strict=True):
-        if jnp.shape(update) != jnp.shape(output) or varying_axes(update) - varying_axes(output):
-            raise ValueError(
-                f"renormalized got a gradient {jax.typeof(update)} and inner returned {jax.typeof(output)}. Averaging "
-                "belongs around the renormalization: `micro_batched(renormalized(inner))`."
-            )

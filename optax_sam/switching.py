@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_sam.axes import depends_on_member, noting_averages, vary, varying_axes
 from optax_sam.convolution import canonicalized
-from optax_sam.transform import as_link, is_float, vary, varying_axes
+from optax_sam.transform import as_link, is_float
 
 
 class SwitchState(NamedTuple):
@@ -122,35 +123,55 @@ def _switch(
         return SwitchState(switch_step=jnp.zeros([], jnp.int32), link_states=tuple(link.init(params) for link in links))
 
     def update(updates, state, params=None, **extra_args):
+        axes, averages = varying_axes(updates), {}
+
         def branch(position):
             def run():
                 states = list(state.link_states)
-                outputs, states[position] = links[position].update(updates, states[position], params, **extra_args)
+                with noting_averages() as averages[position]:
+                    outputs, states[position] = links[position].update(updates, states[position], params, **extra_args)
                 return outputs, jax.tree.map(lambda leaf: vary(leaf, axes) if is_float(leaf) else leaf, tuple(states))
 
             return run
 
-        axes = frozenset[str]().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(updates)))
         branches = [canonicalized(branch(position)) for position in range(len(links))]
-        index = _checked_index(index_fn(state.switch_step))
+        index = _checked_index(index_fn, state.switch_step)
         try:
             outputs, states = jax.lax.switch(index, branches)
         except TypeError:
+            _check_averages(names, averages)
             _explain_difference(names, branches)
             raise
+        _check_averages(names, averages)
         next_step = jnp.asarray(optax.safe_increment(state.switch_step))
         return outputs, SwitchState(switch_step=next_step, link_states=states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _checked_index(index: jax.typing.ArrayLike) -> jax.Array:
-    index = jnp.asarray(index)
+def _checked_index(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array) -> jax.Array:
+    index = jnp.asarray(index_fn(step))
     if index.shape:
         raise ValueError(f"index_fn must return a scalar; got an array of shape {index.shape}.")
     if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool):
         raise TypeError(f"index_fn must return an integer or a boolean; got dtype {index.dtype}.")
+    if varying_axes(index) or depends_on_member(index_fn, step):
+        raise ValueError(
+            "index_fn must return the same on all members of a mapped axis; it differs between them. A gradient that "
+            "communicates over the axis would wait for ever for members in another branch."
+        )
     return index.astype(jnp.int32)
+
+
+def _check_averages(names: Sequence[str], averages: Mapping[int, set[str]]) -> None:
+    """Raises if one branch returns an average over micro-batches and another does not."""
+    for position, average in sorted(averages.items()):
+        for what in sorted(average ^ averages[min(averages)]):
+            does, does_not = (position, min(averages)) if what in average else (min(averages), position)
+            raise ValueError(
+                f"Of a switch, {names[does]} averages over {what} and {names[does_not]} does not. Averaging belongs "
+                "around the switch: `micro_batched(switch_at({...}))`."
+            )
 
 
 def _explain_difference(names: Sequence[str], branches: Sequence[Callable[[], Any]]) -> None:
@@ -164,6 +185,5 @@ def _explain_difference(names: Sequence[str], branches: Sequence[Callable[[], An
             if jax.typeof(a) != jax.typeof(b):
                 raise ValueError(
                     f"{pair}; at {jax.tree_util.keystr(path)} of (update, state) they are {jax.typeof(a)} and "
-                    f"{jax.typeof(b)}. A combinator that averages, such as micro_batched, belongs around the switch: "
-                    "`micro_batched(switch_at({...}))`."
+                    f"{jax.typeof(b)}."
                 )

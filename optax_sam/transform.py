@@ -4,7 +4,7 @@ r"""The link: from the clean gradient g to the SAM gradient s, with any ascent.
 behind it (clipping, weight decay, momentum, schedules) acts on s and needs no change.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.ascent import NO_PARAMS_MESSAGE, widen
+from optax_sam.ascent import NO_PARAMS_MESSAGE, UNSHARDED, widen
+from optax_sam.axes import check_declared, vary, varying_axes
 
 
 class SharpnessAwareState(NamedTuple):
@@ -86,15 +87,16 @@ def sharpness_aware(
     def init(params):
         return SharpnessAwareState(ascent_state=ascent.init(params))
 
-    def update(updates, state, params=None, *, grad_fn=None, value_fn=None, batch=None, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, value_fn=None, batch=None, shards=UNSHARDED, **extra_args):
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
         gradient_at = _gradient_function(grad_fn, value_fn, batch)
         _check_gradient("updates", updates, params)
+        check_declared(params, shards)
         gradient, ascent_state = updates, state.ascent_state
         perturbation, point = None, params
         for step in range(steps):
-            climb, next_state = ascent.update(gradient, state.ascent_state, point, **extra_args)
+            climb, next_state = ascent.update(gradient, state.ascent_state, point, shards=shards, **extra_args)
             if step == 0:
                 perturbation, ascent_state = climb, next_state
             else:
@@ -189,17 +191,6 @@ def _hash_uniform(x: jax.Array, y: jax.Array) -> jax.Array:
 def is_float(x: jax.typing.ArrayLike) -> bool:
     """Whether x is of a real or complex floating-point dtype."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
-def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
-    """The mapped axes over which ``shard_map`` knows x to vary; empty where it does not check."""
-    return jax.typeof(x).mat.varying
-
-
-def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-    """x, marked as varying over the axes too."""
-    missing = tuple(sorted(set(axes) - varying_axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtraArgs:

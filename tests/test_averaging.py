@@ -122,7 +122,11 @@ def test_unstacked_inputs_are_named(update, message):
     ("call", "error", "message"),
     [
         (lambda: optax_sam.micro_batched(8), TypeError, r"inner must be an optax\.GradientTransformation; got 8"),
-        (lambda: optax_sam.msam(0.1, 8), TypeError, "axis_name must be the name of a mapped axis, or None; got 8"),
+        (
+            lambda: optax_sam.msam(0.1, 8),
+            TypeError,
+            "axis_name must be the name of a mapped axis, or a tuple of names; got 8",
+        ),
         (
             lambda: optax_sam.msam(0.1, "data").update(np.ones(2), optax_sam.msam(0.1).init(None), np.ones(2)),
             ValueError,

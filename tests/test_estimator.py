@@ -72,10 +72,9 @@ def test_micro_batches_are_those_of_the_chain(strategy, num_micro_batches, loss_
 
 
 @every_strategy
-@pytest.mark.parametrize("ascent_per", ["batch", "device"])
 @pytest.mark.parametrize("link", [optax_sam.sam(0.2), optax_sam.stable_sam(0.2), optax_sam.late(optax_sam.sam(0.2), 0)])
-def test_gradient_accumulation_is_sam_on_the_whole_batch(strategy, ascent_per, link):
-    options = {"num_micro_batches": 4, "strategy": strategy, "ascent_per": ascent_per}
+def test_gradient_accumulation_is_sam_on_the_whole_batch(strategy, link):
+    options = {"num_micro_batches": 4, "strategy": strategy, "ascent_per": "batch"}
     estimator = optax_sam.gradient_estimator(mlp_loss, link, **options)
     loss, grads, _ = jax.jit(estimator.value_and_grad)(PARAMS, estimator.init(PARAMS), BATCH)
     grad_fn = jax.grad(mlp_loss)
@@ -109,7 +108,7 @@ def test_two_gradients_per_example_and_one_before_the_switch(strategy, ascent_pe
     ("link", "ascent_per", "executed"),
     [
         (optax_sam.sharpness_aware(optax_sam.normalized_ascent(0.1), steps=3), "micro_batch", [4, 4, 4]),
-        (optax_sam.switch_by(lambda step: step % 2, [optax.identity(), optax_sam.sam(0.1)]), "device", [1, 2, 1]),
+        (optax_sam.switch_by(lambda step: step % 2, [optax.identity(), optax_sam.sam(0.1)]), "batch", [1, 2, 1]),
         (
             optax_sam.switch_at({0: optax_sam.stable_sam(0.1), 1: optax.identity(), 2: optax_sam.usam(0.1)}),
             "micro_batch",
@@ -167,7 +166,7 @@ def test_aux_is_that_of_the_clean_pass_averaged_or_from_the_first(strategy):
 
 
 @every_strategy
-@pytest.mark.parametrize("ascent_per", ["micro_batch", "device", "batch"])
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
 def test_keys_are_folded_per_micro_batch_and_the_same_in_both_passes(strategy, ascent_per):
     drawn = []
 
@@ -264,7 +263,12 @@ SAM = optax_sam.sam(0.1)
             "strategy must be one of 'auto', 'vmap', .*strategy='loop'",
         ),
         (lambda: estimate(SAM, ascent_per="shard"), ValueError, "ascent_per must be one of 'micro_batch', .*='shard'"),
-        (lambda: estimate(SAM, axis_name=0), TypeError, "axis_name must be the name of a mapped axis, or None; got 0"),
+        (
+            lambda: estimate(SAM, axis_name=0),
+            TypeError,
+            "axis_name must be the name of a mapped axis, or a tuple of names; got 0",
+        ),
+        (lambda: estimate(SAM, ascent_per="device"), ValueError, 'ascent_per="device" needs axis_name'),
         (lambda: estimate(SAM, axis_name="data"), ValueError, "axis_name='data' is not a mapped axis here"),
         (
             lambda: estimate(SAM, num_micro_batches=3),

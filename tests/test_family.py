@@ -91,7 +91,8 @@ def test_registry_has_every_public_link():
         and "GradientTransformationExtraArgs" in str(inspect.signature(getattr(optax_sam, name)).return_annotation)
     ]
     made = inspect.getsource(inspect.getmodule(type(MEMBERS[0])))
-    assert {name for name in factories if f"optax_sam.{name}" not in made} == set()
+    elsewhere = {"sharded"}  # needs a mapped axis: test_sharding.py
+    assert {name for name in factories if f"optax_sam.{name}" not in made} == elsewhere
     assert len(factories) >= 10
 
 

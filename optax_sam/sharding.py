@@ -1,0 +1,111 @@
+r"""Sharding: links for params that are sharded over a mapped axis, as in hand-written tensor parallelism or FSDP.
+
+Under ``jax.jit`` arrays are global however they are sharded, and so are their norms: nothing is needed there.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from optax_sam.axes import AxisNames, Shards, as_axes
+from optax_sam.transform import as_link
+
+
+def sharded(
+    inner: optax.GradientTransformation, axis_name: AxisNames, *, mask: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""``inner`` for params whose leaves are sharded over a mapped axis: its norms are those of all shards together.
+
+    .. math::
+        \|g\|_2^2 = \sum_{\text{replicated leaves}} \|g_i\|_2^2
+            + \sum_{\text{members}} \sum_{\text{sharded leaves}} \|g_i\|_2^2
+
+    For ``shard_map`` and ``pmap`` with params that differ between the members of an axis. Each norm costs one scalar
+    reduction over it. Norms that other transformations take (``optax.clip_by_global_norm``, a ``projection``) remain
+    those of the shard.
+
+    Args:
+        inner: link with ascents and renormalizations of this package; in ``micro_batched`` it stands inside,
+            ``micro_batched(sharded(link, "model"), "data")``.
+        axis_name: the mapped axis over whose members params are sharded, or several.
+        mask: which leaves are sharded, a tree of booleans with the structure of the params (or a prefix of it), or a
+            function from such a tree to one. None: those that vary over the axis, which is known under ``shard_map``
+            with ``check_vma=True``. False: none, as for a network of its own on each member.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` with the state of ``inner``.
+
+    Raises:
+        TypeError: inner is not a transformation, or axis_name is not made of strings.
+        ValueError: at ``update``: mask is None and the axis does not belong to a ``shard_map`` with
+            ``check_vma=True``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax_sam
+        >>> link = sharded(optax_sam.sam(rho=0.5), "model", mask=True)
+        >>> def update(w):  # two members with one weight each
+        ...     grad_fn = jax.grad(lambda w: 0.5 * w**2)
+        ...     return link.update(grad_fn(w), link.init(w), w, grad_fn=grad_fn)[0]
+        >>> print(jax.vmap(update, axis_name="model")(jnp.array([3.0, 4.0])))
+        [3.3 4.4]
+    """
+    inner = as_link("inner", inner)
+    shards = Shards(as_axes(axis_name), mask)
+
+    def update(updates, state, params=None, **extra_args):
+        return inner.update(updates, state, params, **extra_args | {"shards": shards})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def mesh_axes_of_examples(batch: Any, others: Any) -> tuple[AbstractMesh, tuple[str, ...]]:
+    """The mesh, and its axes over which the leading axis of all leaves of batch is sharded, and nothing else is.
+
+    Known for the Explicit axes of a mesh only; none for a batch on one device or on an Auto mesh.
+    """
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
+    examples = {(sharding.mesh, axes_in(sharding.spec[:1])) for sharding in shardings}
+    rest = [sharding.spec[1:] for sharding in shardings]
+    rest += [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(others) if isinstance(leaf, jax.Array)]
+    if len(examples) != 1:
+        return jax.sharding.get_abstract_mesh(), ()
+    [(mesh, axes)] = examples
+    return mesh, () if any(set(axes) & set(axes_in(spec)) for spec in rest) else axes
+
+
+def axes_in(spec: Iterable[Any]) -> tuple[str, ...]:
+    """The mesh axes in a PartitionSpec."""
+    return tuple(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+
+
+def num_devices(mesh: AbstractMesh, axes: Iterable[str]) -> int:
+    """The number of devices along the axes of a mesh."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: tuple[str, ...]) -> Callable[..., Any]:
+    """The function of params, state, batch and more, mapped over the devices that hold the examples of the batch."""
+
+    def mapped(params, state, batch, /, *args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+
+        def member(params, state, batch, arrays):
+            replicated = iter(arrays)
+            mixed = [next(replicated) if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, mixed)
+            return function(params, state, batch, *args, **kwargs)
+
+        return jax.shard_map(
+            member,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
+            out_specs=PartitionSpec(),
+            axis_names=set(axes),
+        )(params, state, batch, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
+
+    return mapped

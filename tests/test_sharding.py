@@ -1,0 +1,315 @@
+"""Sharded params: the numbers of one device, norms over all shards, and shardings kept."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import assert_close
+
+import optax_sam
+
+DEVICES = 8
+WIDTH = 64
+RHO = 0.2
+LINKS = {
+    "sam": optax_sam.sam(RHO),
+    "asam": optax_sam.asam(RHO),
+    "masked": optax_sam.sam(RHO, mask={"first": True, "bias": False, "second": True}),
+    "stable_sam": optax_sam.stable_sam(RHO),
+    "late": optax_sam.late(optax_sam.stable_sam(RHO), 1),
+    "two steps": optax_sam.sharpness_aware(optax_sam.normalized_ascent(RHO), steps=2),
+}
+every_link = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
+every_axis_type = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name
+)
+
+
+def make_params(width=WIDTH):
+    first, second = jax.random.split(jax.random.key(0))
+    return {
+        "first": jax.random.normal(first, (3, width)) / 2,
+        "bias": jnp.full(3, 0.1, jnp.float32),
+        "second": jax.random.normal(second, (width, 2)) / width**0.5,
+    }
+
+
+BATCH = jax.random.normal(jax.random.key(1), (16, 3))
+
+
+def loss_fn(params, x):
+    return jnp.mean((jnp.tanh((x + params["bias"][None]) @ params["first"]) @ params["second"] - 1) ** 2)
+
+
+def training_step(tx):
+    grad_fn = jax.grad(loss_fn)
+
+    def step(params, state, batch):
+        updates, state = tx.update(grad_fn(params, batch), state, params, grad_fn=grad_fn, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def two_steps(tx, params, batch, state=None):
+    step = jax.jit(training_step(tx))
+    state = tx.init(params) if state is None else state
+    for _ in range(2):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+# Under jit, arrays are global.
+
+SPECS = {
+    "fsdp": {"first": PartitionSpec(None, "data"), "bias": PartitionSpec(), "second": PartitionSpec("data")},
+    "tensor parallel": {
+        "first": PartitionSpec(None, "model"),
+        "bias": PartitionSpec(),
+        "second": PartitionSpec("model"),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@every_link
+def test_jit_on_sharded_params_equals_one_device_and_keeps_shardings(kind, link):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    tx = optax.chain(link, optax.adam(0.1))
+    expected = two_steps(tx, make_params(), BATCH)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS[kind].items()}
+    params = jax.device_put(make_params(), shardings)
+    batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
+    state = jax.jit(tx.init, out_shardings=None)(params)
+    actual, state = two_steps(tx, params, batch, state)
+    assert_close(jax.device_get((actual, state)), expected)
+    moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+    for tree in (actual, *moments):
+        for name, leaf in tree.items():
+            assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), (name, leaf.sharding)
+
+
+@every_link
+def test_explicit_mesh_with_sharded_params_equals_one_device(link):
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Explicit,))
+    shardings = {
+        "first": PartitionSpec(None, "model"),
+        "bias": PartitionSpec(None),
+        "second": PartitionSpec("model", None),
+    }
+
+    def explicit_loss(params, x):
+        hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
+        outputs = jnp.dot(hidden, params["second"], out_sharding=PartitionSpec(None, None))
+        return jnp.mean((outputs - 1) ** 2)
+
+    tx = optax.chain(link, optax.sgd(0.1))
+    expected, _ = two_steps(tx, make_params(), BATCH)
+    grad_fn = jax.grad(explicit_loss)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(grad_fn(params, batch), state, params, grad_fn=grad_fn, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(jax.device_put, make_params(), shardings)
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = step(params, state, jax.device_put(BATCH, PartitionSpec(None, None)))
+    assert {name: leaf.sharding.spec for name, leaf in params.items()} == shardings
+    assert_close(jax.device_get(params), expected)
+
+
+@every_axis_type
+def test_memory_of_a_device_is_that_of_its_shard(axis_type):
+    """Replicating the params anywhere would show: they are all but everything here."""
+    width = 1 << 16
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(axis_type,))
+    shardings = {
+        "first": PartitionSpec(None, "model"),
+        "bias": PartitionSpec(None),
+        "second": PartitionSpec("model", None),
+    }
+
+    def sharded_loss(params, x):
+        hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
+        explicit = axis_type == AxisType.Explicit
+        outputs = jnp.dot(hidden, params["second"], out_sharding=PartitionSpec(None, None) if explicit else None)
+        return jnp.mean((outputs - 1) ** 2)
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), make_params(width), shardings
+        )
+        batch = jax.device_put(BATCH[:1], NamedSharding(mesh, PartitionSpec(None, None)))
+        shard = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / DEVICES
+        for link in LINKS.values():
+            tx = optax.chain(link, optax.sgd(0.1))
+
+            def step(params, state, batch, tx=tx):
+                grad_fn = jax.grad(sharded_loss)
+                updates, state = tx.update(grad_fn(params, batch), state, params, grad_fn=grad_fn, batch=batch)
+                return optax.apply_updates(params, updates), state
+
+            program = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), batch).compile()
+            memory = program.memory_analysis()
+            assert memory.argument_size_in_bytes < 1.1 * shard
+            assert memory.output_size_in_bytes < 1.1 * shard
+            assert memory.temp_size_in_bytes < 5 * shard < DEVICES * shard
+
+
+# Under shard_map and pmap, each member sees its shard.
+
+SHARDED = {"first": True, "bias": False, "second": True}
+
+
+def sharded_gradient(link, axis_name, average=None):
+    """The link's gradient of the loss, for a shard of the hidden layer on each member of ``axis_name``."""
+
+    def member(params, batch):
+        def partial_loss(params, x):
+            hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
+            outputs = jax.lax.psum(hidden @ params["second"], axis_name)
+            return jnp.mean((outputs - 1) ** 2)
+
+        if average is not None:
+            estimator = optax_sam.gradient_estimator(partial_loss, link, axis_name=average)
+            return estimator.value_and_grad(params, estimator.init(params), batch)[1]
+        grad_fn = jax.grad(partial_loss)
+        return link.update(grad_fn(params, batch), link.init(params), params, grad_fn=grad_fn, batch=batch)[0]
+
+    return member
+
+
+def expected_gradient(link, num_micro_batches=1):
+    estimator = optax_sam.gradient_estimator(loss_fn, link, num_micro_batches=num_micro_batches)
+    params = make_params()
+    return estimator.value_and_grad(params, estimator.init(params), BATCH)[1]
+
+
+SPEC = {"first": PartitionSpec(None, "model"), "bias": PartitionSpec(), "second": PartitionSpec("model")}
+ACTIVE = {name: link for name, link in LINKS.items() if name != "late"} | {
+    "late": optax_sam.late(optax_sam.stable_sam(RHO), 0)
+}
+every_active_link = pytest.mark.parametrize("link", ACTIVE.values(), ids=ACTIVE)
+
+
+@every_active_link
+def test_shard_map_with_sharded_params_equals_one_device(link):
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
+    member = sharded_gradient(optax_sam.sharded(link, "model"), "model")
+    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC)
+    assert_close(jax.jit(mapped)(make_params(), BATCH), expected_gradient(link))
+
+
+@every_active_link
+def test_msam_over_one_axis_with_params_sharded_over_another_equals_one_device(link):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    member = sharded_gradient(optax_sam.sharded(link, "model"), "model", average="data")
+    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec("data")), out_specs=SPEC)
+    assert_close(jax.jit(mapped)(make_params(), BATCH), expected_gradient(link, num_micro_batches=2))
+
+
+def test_manual_axis_beside_an_automatic_one_equals_one_device_and_keeps_shardings():
+    """mSAM over the devices of "data"; the params of each stay sharded over "model" by XLA."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    function = optax_sam.value_and_grad(loss_fn, LINKS["stable_sam"], axis_name="data")
+    specs = PartitionSpec(), PartitionSpec("data")
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"})
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPEC.items()}
+    params = jax.device_put(make_params(), shardings)
+    _, actual = jax.jit(mapped)(params, jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data"))))
+    assert_close(jax.device_get(actual), expected_gradient(LINKS["stable_sam"], num_micro_batches=2))
+    for name, leaf in actual.items():
+        assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), (name, leaf.sharding)
+
+
+@every_active_link
+def test_fsdp_by_hand_equals_one_device(link):
+    """Params sharded over the axis that holds the batch, gathered in the loss, which is averaged over it."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    spec = {"first": PartitionSpec(None, "data"), "bias": PartitionSpec(), "second": PartitionSpec("data")}
+
+    def gathered_loss(params, x):
+        first = jax.lax.all_gather(params["first"], "data", axis=1, tiled=True)
+        second = jax.lax.all_gather(params["second"], "data", axis=0, tiled=True)
+        whole = {"first": first, "bias": params["bias"], "second": second}
+        return jax.lax.pmean(loss_fn(whole, x), "data")
+
+    estimator = optax_sam.gradient_estimator(gathered_loss, optax_sam.sharded(link, "data"))
+    member = lambda params, x: estimator.value_and_grad(params, estimator.init(params), x)[1]  # noqa: E731
+    mapped = jax.shard_map(member, mesh=mesh, in_specs=(spec, PartitionSpec("data")), out_specs=spec)
+    assert_close(jax.jit(mapped)(make_params(), BATCH), expected_gradient(link))
+
+
+@pytest.mark.parametrize("place", ["shard_map unchecked", "vmap"])
+def test_norms_with_a_mask_where_nothing_is_known(place):
+    """Quadratic loss, so that no gradient communicates: its gradient is the shard itself."""
+    params = make_params()
+    grad_fn = jax.grad(lambda params: sum(jnp.sum(leaf**4) for leaf in jax.tree.leaves(params)))
+    expected, _ = LINKS["stable_sam"].update(grad_fn(params), LINKS["stable_sam"].init(params), params, grad_fn=grad_fn)
+    link = optax_sam.sharded(LINKS["stable_sam"], "model", mask=SHARDED)
+    member = lambda params: link.update(grad_fn(params), link.init(params), params, grad_fn=grad_fn)[0]  # noqa: E731
+    if place == "vmap":
+        axes = {"first": 1, "bias": None, "second": 0}
+        stacked = {
+            "first": params["first"].reshape(3, DEVICES, -1),
+            "bias": params["bias"],
+            "second": params["second"].reshape(DEVICES, -1, 2),
+        }
+        actual = jax.vmap(member, in_axes=(axes,), out_axes=axes | {"bias": 0}, axis_name="model")(stacked)
+        actual = {
+            "first": actual["first"].reshape(3, -1),
+            "bias": actual["bias"][0],
+            "second": actual["second"].reshape(-1, 2),
+        }
+    else:
+        mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
+        mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC,), out_specs=SPEC, check_vma=False)
+        actual = jax.jit(mapped)(params)
+    assert_close(actual, expected)
+
+
+def test_network_of_its_own_on_each_member():
+    mesh = jax.make_mesh((DEVICES,), ("member",), axis_types=(AxisType.Auto,))
+    scales = jnp.arange(1.0, DEVICES + 1)
+    grad_fn = jax.grad(lambda w: jnp.sum(w**4))
+    link = optax_sam.sharded(LINKS["stable_sam"], "member", mask=False)
+    member = lambda w: link.update(grad_fn(w), link.init(w), w, grad_fn=grad_fn)[0]  # noqa: E731
+    stack = scales[:, None] * jnp.array([[1.0, 2.0]])
+    spec = PartitionSpec("member")
+    actual = jax.jit(jax.shard_map(lambda w: member(w[0])[None], mesh=mesh, in_specs=spec, out_specs=spec))(stack)
+    alone = LINKS["stable_sam"]
+    expected = [alone.update(grad_fn(w), alone.init(w), w, grad_fn=grad_fn)[0] for w in stack]
+    assert_close(actual, jnp.stack(expected))
+
+
+def test_shards_that_nobody_declared_are_refused():
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
+    for link in (LINKS["sam"], LINKS["stable_sam"], optax_sam.renormalized(optax.identity())):
+        mapped = jax.shard_map(
+            sharded_gradient(link, "model"), mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC
+        )
+        with pytest.raises(ValueError, match=r"params vary over the mapped axis 'model'.*`sharded\(link, 'model'\)`"):
+            jax.jit(mapped)(make_params(), BATCH)
+
+
+def test_unchecked_maps_must_be_told_which_leaves_are_sharded():
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
+    member = sharded_gradient(optax_sam.sharded(LINKS["sam"], "model"), "model")
+    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC, check_vma=False)
+    with pytest.raises(ValueError, match=r"only known under shard_map with check_vma=True. Pass `mask`"):
+        jax.jit(mapped)(make_params(), BATCH)
+
+
+@pytest.mark.parametrize("axis_name", [None, 3, (), ("model", 1)])
+def test_axis_names_are_strings(axis_name):
+    with pytest.raises(TypeError, match="axis_name must be the name of a mapped axis"):
+        optax_sam.sharded(LINKS["sam"], axis_name)
+
+
+def test_inner_must_be_a_transformation():
+    with pytest.raises(TypeError, match=r"inner must be an optax.GradientTransformation"):
+        optax_sam.sharded(0.05, "model")
