@@ -15,6 +15,7 @@ import optax
 
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
+from optax_sam.axes import AxisNames
 from optax_sam.renormalization import renormalized
 from optax_sam.switching import switch_at
 from optax_sam.transform import sharpness_aware
@@ -162,7 +163,7 @@ def stable_sam(
 
 
 def msam(
-    rho: optax.ScalarOrSchedule, axis_name: str | None = None, *, mask: Mask | None = None
+    rho: optax.ScalarOrSchedule, axis_name: AxisNames | None = None, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""mSAM: one SAM gradient per micro-batch, all at the same params, then their mean.
 
@@ -176,14 +177,15 @@ def msam(
     Args:
         rho: length of each perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
             updates.
-        axis_name: the mapped axis whose members are the micro-batches; None: a leading axis of updates and batch.
+        axis_name: the mapped axis (or several) whose members are the micro-batches; None: a leading axis of updates
+            and batch.
         mask: the leaves to perturb; None: all.
 
     Returns:
         A link from the gradients of the micro-batches to s̄.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule, or axis_name is neither a string nor None.
+        TypeError: rho is neither a real scalar nor a schedule, or axis_name is not made of strings.
         ValueError: rho is a negative or non-finite number.
 
     Example:
@@ -207,7 +209,8 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
     """Late-phase SAM: the clean gradient before step ``start``, ``inner`` from then on.
 
     Before ``start`` a step costs one gradient. For late mSAM the switch goes inside,
-    ``micro_batched(late(sam(rho), start), axis_name)``; outside, the early phase would hand on unaveraged gradients.
+    ``micro_batched(late(sam(rho), start), axis_name)``; outside, the early phase would hand on unaveraged gradients,
+    which is an error.
 
     Args:
         inner: the link of the late phase.
