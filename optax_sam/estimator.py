@@ -69,7 +69,10 @@ def gradient_estimator(
     keys (``jax.random.key``; legacy ``PRNGKey`` arrays cannot be told from data): these are folded with the index of
     the micro-batch (counted over all devices) where there is more than one, so that micro-batches draw different
     dropout masks, and the two passes of one micro-batch the same. Loss and aux are those of the clean pass, averaged
-    over micro-batches and devices; aux leaves that are not float are those of a device's first micro-batch.
+    over micro-batches and devices; aux leaves that are not float are those of the first micro-batch.
+
+    A batch that is sharded over D devices of an Explicit mesh, with M a multiple of D, stays where it is: each device
+    takes M / D micro-batches. XLA cannot do that for a batch on an Auto mesh; use ``jax.shard_map`` and ``axis_name``.
 
     Args:
         loss_fn: function to differentiate with respect to its first argument.
@@ -81,8 +84,8 @@ def gradient_estimator(
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
             one after another in straight-line code. ``"auto"``: scan, the fastest on CPUs, for convolutional and dense
             networks alike (``benchmarks/control_flow.py``).
-        axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the batch; results
-            are averaged over it. Params and state are the same on every member.
+        axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the
+            batch; results are averaged over it. Params and state are the same on every member.
 
     Returns:
         A :class:`GradientEstimator`. Gradients have the structure, shapes and dtypes that ``jax.grad(loss_fn)``
@@ -90,9 +93,9 @@ def gradient_estimator(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an unknown ascent_per or strategy, num_micro_batches < 1; when called: leaves of the batch that
-            are scalars, differ in B, or cannot be divided by M; axis_name is not a mapped axis, or is missing where
-            ``shard_map`` would sum the gradient over one.
+        ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1; when
+            called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; axis_name is not a
+            mapped axis, is one that the params vary over, or is missing where ``shard_map`` would sum the gradient.
 
     Example:
         >>> import optax_sam
