@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-EMPTY_HISTORY = {"test_accuracy": [], "gradients_per_step": []}
+History = dict[str, list[float]]
 
 
 class Checkpoints:
@@ -21,19 +21,23 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until all is saved."""
         if self.manager is not None:
             self.manager.close()
 
-    def restore(self, state: Any) -> tuple[Any, dict[str, list[float]]]:
-        """The state and history that were saved last, or this state and an empty history."""
+    def restore(self, state: Any, history: History) -> tuple[Any, History]:
+        """The state and history that were saved last, or these where nothing was."""
         if self.manager is None or self.manager.latest_step() is None:
-            return state, {name: [] for name in EMPTY_HISTORY}
+            return state, history
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), history=ocp.args.JsonRestore())
         restored = self.manager.restore(self.manager.latest_step(), args=items)
         return restored["state"], restored["history"]
 
-    def save(self, epoch: int, state: Any, history: dict[str, list[float]]) -> None:
+    def save(self, epoch: int, state: Any, history: History) -> None:
         """Saves in the background; a checkpoint that is not complete when the process dies does not count."""
         if self.manager is not None:
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history))

@@ -223,7 +223,8 @@ def train(experiment: Experiment, method: str, seed: int, compiled: CompiledMeth
     settings = experiment.settings
     folder = settings.checkpoint_dir and settings.checkpoint_dir / f"{method}-{seed}"
     with checkpoints.Checkpoints(folder) as saved:
-        state, history = saved.restore(experiment.init(method, seed))
+        empty = {"test_accuracy": [], "gradients_per_step": []}
+        state, history = saved.restore(experiment.init(method, seed), empty)
         first_epoch = len(history["test_accuracy"])
         bar.update(first_epoch * experiment.steps_per_epoch)
         for epoch in range(first_epoch, settings.epochs):
