@@ -14,18 +14,29 @@ import tqdm
 
 import optax_sam
 
+SHORTEST = 0.1  # seconds of one measurement: quicker functions are called several times
+
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each call, (repeats,) per function: all functions once, then all again, after a call to warm up."""
-    for function in tqdm.tqdm(functions.values(), desc="compiling", disable=None, leave=False):
+    """Seconds of a call, (repeats,) per function: all functions in turn, then all again, after calls to warm up."""
+    calls = {}
+    for name, function in tqdm.tqdm(functions.items(), desc="warming up", disable=None, leave=False):
         jax.block_until_ready(function())
+        calls[name] = int(np.clip(SHORTEST / _seconds(function, 1), 1, 200))
     seconds = {name: [] for name in functions}
     for _ in tqdm.trange(repeats, desc="timing", disable=None, leave=False):
         for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(function, calls[name]))
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _seconds(function: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    result = None
+    for _ in range(calls):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
 
 
 def ratios(seconds: Mapping[str, np.ndarray], baseline: str) -> dict[str, tuple[float, float, float]]:

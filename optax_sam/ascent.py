@@ -6,8 +6,9 @@ climbs along an average of gradients, and ``optax.chain(optax.freeze(mask), norm
 leaves alone.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_sam.axes import Shards, vary
+from optax_sam.axes import Declared, axes_of_leaves, vary
 
 NO_PARAMS_MESSAGE = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
     "when calling `update`."
 )
-UNSHARDED = Shards()
 
 
 class AscentState(NamedTuple):
@@ -158,7 +158,7 @@ def adaptive_ascent(
 
 
 def _ascent(
-    rho: optax.ScalarOrSchedule, perturbation: Callable[[Any, Any, Any, Shards], Any]
+    rho: optax.ScalarOrSchedule, perturbation: Callable[[Any, Any, Any, Declared], Any]
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation ``perturbation(rho, updates, params, shards)``, with a step count if rho is a schedule."""
     schedule = rho if callable(rho) else None
@@ -169,7 +169,7 @@ def _ascent(
         del params
         return optax.EmptyState() if schedule is None else AscentState(ascent_step=jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, *, shards=UNSHARDED, **extra_args):
+    def update(updates, state, params=None, *, shards=(), **extra_args):
         del extra_args
         if schedule is None:
             return perturbation(rho, updates, params, shards), state
@@ -192,36 +192,45 @@ class Norm(NamedTuple):
     ratio: jax.Array
 
 
-def norm_of(tree: Any, shards: Shards = UNSHARDED) -> Norm:
+def norm_of(tree: Any, shards: Declared = ()) -> Norm:
     """L2 norm over all leaves and all their shards, in float32 or wider; exact zero for zero.
 
     ``optax.tree.norm`` squares and adds in the dtype of the leaves: bfloat16 sums are off by half, float16 ones
     overflow.
     """
-    axes_of_leaves = shards.axes_of_leaves(tree)
-    leaves = [(widen(x), axes) for x, axes in zip(jax.tree.leaves(tree), axes_of_leaves, strict=True) if jnp.size(x)]
+    pairs = zip(jax.tree.leaves(tree), axes_of_leaves(tree, shards), strict=True)
+    leaves = [(widen(leaf), axes) for leaf, axes in pairs if jnp.size(leaf)]
     wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf, _ in leaves)
     dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
     if not leaves:
         return Norm(unit=jnp.ones([], dtype), ratio=jnp.zeros([], dtype))
     leaves = [(leaf.astype(np.result_type(leaf.dtype, dtype)), axes) for leaf, axes in leaves]
-    peak = _reduced([(jax.lax.stop_gradient(jnp.max(jnp.abs(x))), axes) for x, axes in leaves], jnp.max, jax.lax.pmax)
-    safe = 5 * jnp.finfo(dtype).maxexp // 16
-    unit = jnp.where(peak > 2.0**safe, 4.0**safe, jnp.where(peak < 2.0**-safe, 4.0**-safe, 1.0)).astype(dtype)
-    square = _reduced([(_sum_of_squares(leaf / unit), axes) for leaf, axes in leaves], jnp.sum, jax.lax.psum)
+    # A scale for each leaf, and a division by the unit of all: what is cheap and depends on all leaves, XLA would
+    # repeat in the loop over each of them, and take minutes to compile a few hundred.
+    groups = {}
+    for leaf, axes in leaves:
+        peak = jax.lax.stop_gradient(jnp.max(jnp.abs(leaf)))
+        scale = _scale_for(peak)
+        groups.setdefault(axes, []).append((jnp.where(peak == 0, 0, 1 / scale), _sum_of_squares(leaf * scale)))
+    groups = {axes: tuple(map(jnp.stack, zip(*pairs, strict=True))) for axes, pairs in groups.items()}
+    unit = _joined(jnp.maximum, jax.lax.pmax, {axes: jnp.max(units) for axes, (units, _) in groups.items()})
+    unit = jnp.where(unit == 0, 1, unit)
+    sums = {axes: jnp.sum(squares * (units / unit) * (units / unit)) for axes, (units, squares) in groups.items()}
+    square = _joined(jnp.add, jax.lax.psum, sums)
     zero = square == 0
     return Norm(unit, ratio=jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))))
 
 
-def _reduced(
-    scalars: Sequence[tuple[jax.Array, tuple[str, ...]]], reduce: Callable, reduce_over: Callable
-) -> jax.Array:
-    """All the scalars in one, each first reduced over the mapped axes beside it."""
-    groups = {}
-    for scalar, axes in scalars:
-        groups.setdefault(axes, []).append(scalar)
-    local = {axes: reduce(jnp.stack(group)) for axes, group in groups.items()}
-    return reduce(jnp.stack([reduce_over(vary(x, axes), axes) if axes else x for axes, x in local.items()]))
+def _scale_for(peak: jax.Array) -> jax.Array:
+    """A power of two by which squares of up to peak neither overflow nor, that of peak, underflow; 1 for zero."""
+    safe = 5 * jnp.finfo(peak.dtype).maxexp // 16
+    is_small = (peak > 0) & (peak < 2.0**-safe)
+    return jnp.where(peak > 2.0**safe, 4.0**-safe, jnp.where(is_small, 4.0**safe, 1.0)).astype(peak.dtype)
+
+
+def _joined(join: Callable, join_over: Callable, scalars: dict[tuple[str, ...], jax.Array]) -> jax.Array:
+    """The scalars in one, each first joined over the mapped axes it belongs to."""
+    return functools.reduce(join, [join_over(vary(x, axes), axes) if axes else x for axes, x in scalars.items()])
 
 
 def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
@@ -240,7 +249,7 @@ def rescale(leaf: jax.typing.ArrayLike, unit: jax.Array, factor: jax.Array) -> j
     wide = widen(leaf)
     wide = wide.astype(np.result_type(wide.dtype, unit.dtype))
     real = jnp.finfo(wide.dtype).dtype
-    return (wide / unit.astype(real) * factor.astype(real)).astype(leaf.dtype)
+    return (wide * (1 / unit).astype(real) * factor.astype(real)).astype(leaf.dtype)
 
 
 def divide(target: jax.typing.ArrayLike, ratio: jax.Array) -> jax.Array:

@@ -160,7 +160,11 @@ def mean_over_axes(tree: Any, axes: tuple[str, ...]) -> Any:
         if checked and not varying_axes(leaf) & set(axes):
             return leaf
         leaf = vary(leaf, axes)
-        return jax.lax.pmean(leaf, axes) if is_float(leaf) else _of_first_member(leaf, axes)
+        if not is_float(leaf):
+            return _of_first_member(leaf, axes)
+        if leaf.dtype == jnp.float16:  # sums would overflow
+            return jax.lax.pmean(leaf.astype(jnp.float32), axes).astype(leaf.dtype)
+        return jax.lax.pmean(leaf, axes)
 
     return jax.tree.map(reduced, tree)
 

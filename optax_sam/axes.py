@@ -47,12 +47,18 @@ def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
 
 
 def depends_on_member(function: Callable[..., Any], *args: jax.Array) -> bool:
-    """Whether the function returns different things on the members of a mapped axis, given the same arguments."""
+    """Whether the function returns different things on the members of a mapped axis, given the same arguments.
+
+    Where nothing is tracked, whether it asks for its place on the axis.
+    """
 
     def reads_index(jaxpr: Jaxpr) -> bool:
-        return any(eqn.primitive is axis_index_p for eqn in jaxpr.eqns) or any(map(reads_index, subjaxprs(jaxpr)))
+        here = (eqn.params["axis_name"] for eqn in jaxpr.eqns if eqn.primitive is axis_index_p)
+        return any(not is_checked(as_axes(axes)) for axes in here) or any(map(reads_index, subjaxprs(jaxpr)))
 
     result = function(*args)
+    if varying_axes(result):
+        return True
     return isinstance(result, Tracer) and reads_index(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -65,40 +71,59 @@ def as_axes(axis_name: Any) -> tuple[str, ...]:
 
 
 class Shards(NamedTuple):
-    """How the leaves of params and gradients are sharded inside a ``shard_map``; see :func:`optax_sam.sharded`.
+    """One declaration of how params are sharded inside a map; see :func:`optax_sam.sharded`.
 
     Attributes:
         axes: the mapped axes over whose members leaves are sharded.
         mask: which leaves are; None: those that ``shard_map`` knows to vary.
     """
 
-    axes: tuple[str, ...] = ()
+    axes: tuple[str, ...]
     mask: Any = None
 
     def axes_of_leaves(self, tree: Any) -> list[tuple[str, ...]]:
         """The axes over which each leaf is sharded."""
-        leaves = jax.tree.leaves(tree)
-        if not self.axes or not leaves:
-            return [()] * len(leaves)
         if self.mask is not None:
             mask = self.mask(tree) if callable(self.mask) else self.mask
             return [self.axes if chosen else () for chosen in jax.tree.leaves(jax.tree.broadcast(mask, tree))]
         if not is_checked(self.axes):
             raise ValueError(
                 f"sharded(link, {self.axes}): which leaves are sharded is only known under shard_map with "
-                "check_vma=True. Pass `mask`, a tree of booleans with the structure of the params, True where sharded."
+                "check_vma=True. Pass `mask`, a tree of booleans with the structure of the params, True where sharded; "
+                "then the gradients must be right too, which with collectives in the loss they are not."
             )
-        return [tuple(axis for axis in self.axes if axis in varying_axes(leaf)) for leaf in leaves]
+        return [tuple(axis for axis in self.axes if axis in varying_axes(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
-def check_declared(params: Any, shards: Shards) -> None:
+Declared = tuple[Shards, ...]
+
+
+def axes_of_leaves(tree: Any, declared: Declared) -> list[tuple[str, ...]]:
+    """The mapped axes over which each leaf is sharded."""
+    found = [[] for _ in jax.tree.leaves(tree)]
+    for shards in declared:
+        for axes, more in zip(found, shards.axes_of_leaves(tree), strict=True):
+            axes += [axis for axis in more if axis not in axes]
+    return [tuple(axes) for axes in found]
+
+
+def check_declared(params: Any, gradient: Any, declared: Declared) -> None:
     """Raises if params vary over a mapped axis in a way that nobody explained: norms could be wrong."""
-    for axis in sorted(varying_axes(params) - set(shards.axes)):
+    for axis in sorted(varying_axes(params) - {axis for shards in declared for axis in shards.axes}):
         raise ValueError(
             f"The params vary over the mapped axis {axis!r}. If they are sharded over it, norms must be summed over "
             f"it: `sharded(link, {axis!r})`. If they are replicated and were marked by jax.lax.pcast, pass the "
             f"unmarked params. If each member has a network of its own: `sharded(link, {axis!r}, mask=False)`."
         )
+    if params is None or not declared:
+        return
+    for param, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(gradient), strict=True):
+        for shards in declared:
+            for axis in sorted(varying_axes(leaf) & set(shards.axes) - varying_axes(param)):
+                raise ValueError(
+                    f"sharded(link, {axis!r}): a gradient varies over {axis!r} and its param does not, so it is a part "
+                    "of a sum and no shard. An axis holds shards of the params or micro-batches, not both."
+                )
 
 
 _averages: ContextVar[set[str] | None] = ContextVar("averages", default=None)

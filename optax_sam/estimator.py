@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_sam.ascent import widen
 from optax_sam.averaging import check_replicated, leading_size, mean_of_stack, mean_over_axes
-from optax_sam.axes import AxisNames, as_axes, check_mapped, vary, varying_axes
+from optax_sam.axes import AxisNames, as_axes, check_mapped, vary
 from optax_sam.convolution import canonicalized
 from optax_sam.sharding import axes_in, mesh_axes_of_examples, num_devices, on_each_device
-from optax_sam.transform import as_link, check_positive_int, is_float
+from optax_sam.transform import as_link, check_not_summed, check_positive_int, is_float
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 ASCENTS_PER = ("micro_batch", "device", "batch")
@@ -134,8 +134,9 @@ def gradient_estimator(
             _check_divisible(args[0], num_micro_batches, axes)
             mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
             shards_of_device, rest = divmod(num_micro_batches, num_devices(mesh, mesh_axes))
-            if mesh_axes and not rest and not axes and ascent_per == "micro_batch":
+            if mesh_axes and not rest and not axes:
                 options = {"has_aux": has_aux, "strategy": strategy, "num_micro_batches": shards_of_device}
+                options |= {"ascent_per": ascent_per}
                 on_device = gradient_estimator(loss_fn, link, axis_name=mesh_axes, **options).value_and_grad
                 return on_each_device(on_device, mesh, mesh_axes)(params, state, *args, **kwargs)
 
@@ -152,7 +153,7 @@ def gradient_estimator(
                 return average(lambda loss: _gradient(loss, has_aux)(local(point)))
 
             value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=has_aux)(local(params)))
-            _check_not_summed(value[0] if has_aux else value, clean)
+            check_not_summed("loss_fn", value[0] if has_aux else value, clean)
             return value, *link.update(clean, state, params, grad_fn=grad_fn)
 
         def over_micro_batches(evaluate):
@@ -215,17 +216,6 @@ def value_and_grad(
     return stateless
 
 
-def _check_not_summed(loss: jax.Array, gradient: Any) -> None:
-    """Raises if ``shard_map`` summed the gradient of a loss that differs between devices."""
-    for leaf in jax.tree.leaves(gradient):
-        for axis in sorted(varying_axes(loss) - varying_axes(leaf)):
-            raise ValueError(
-                f"The loss varies over the mapped axis {axis!r} and its gradient does not: shard_map summed it over "
-                f"the devices, because params are replicated. Pass axis_name={axis!r} to the estimator, which then "
-                f"averages; or average the loss yourself in loss_fn, with jax.lax.pmean(loss, {axis!r})."
-            )
-
-
 def _gradient(loss: Callable[[Any], Any], has_aux: bool) -> Callable[[Any], Any]:
     """The gradient of loss alone."""
     gradient = jax.grad(loss, has_aux=has_aux)
@@ -268,7 +258,9 @@ def _check_divisible(batch: Any, num_shards: int, axes: tuple[str, ...]) -> None
     if batch_size is None or not batch_size % num_shards:
         return
     if not axes:
-        raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}.")
+        devices = num_devices(*mesh_axes_of_examples(batch, None))
+        spread = f" (on {devices} devices)" if devices > 1 else ""
+        raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}{spread}.")
     members = jax.lax.axis_size(axes)
     raise ValueError(
         f"The batch size must be divisible by devices × num_micro_batches; got {batch_size * members} examples, "
@@ -286,8 +278,10 @@ def _split(batch: Any, num_shards: int) -> Any:
         devices = num_devices(mesh, axes_in(spec[:1]))
         if size % devices:
             raise ValueError(
-                "The batch size must be divisible by devices × num_micro_batches, or num_micro_batches by devices; got "
-                f"{leaf.shape[0]} examples, {devices} devices and num_micro_batches={num_shards}."
+                "Each micro-batch is spread over the devices here: the batch size must be divisible by devices × "
+                f"num_micro_batches; got {leaf.shape[0]} examples, {devices} devices and num_micro_batches="
+                f"{num_shards}. (Devices take whole micro-batches if num_micro_batches is a multiple of the devices, "
+                "all leaves of the batch are sharded alike and nothing else is sharded over that axis.)"
             )
         sharding = NamedSharding(mesh, PartitionSpec(None, *spec)) if any(spec) else None
         return jnp.reshape(leaf, (num_shards, size, *leaf.shape[1:]), out_sharding=sharding)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import UNSHARDED, check_nonnegative, divide, norm_of, rescale
+from optax_sam.ascent import check_nonnegative, divide, norm_of, rescale
 from optax_sam.axes import check_declared, noting_averages
 from optax_sam.transform import as_link
 
@@ -46,8 +46,8 @@ def renormalized(
     if max_scale is not None:
         check_nonnegative("max_scale", max_scale)
 
-    def update(updates, state, params=None, *, shards=UNSHARDED, **extra_args):
-        check_declared(params, shards)
+    def update(updates, state, params=None, *, shards=(), **extra_args):
+        check_declared(params, updates, shards)
         with noting_averages() as averages:
             outputs, state = inner.update(updates, state, params, shards=shards, **extra_args)
         if averages:

@@ -24,9 +24,13 @@ def sharded(
         \|g\|_2^2 = \sum_{\text{replicated leaves}} \|g_i\|_2^2
             + \sum_{\text{members}} \sum_{\text{sharded leaves}} \|g_i\|_2^2
 
-    For ``shard_map`` and ``pmap`` with params that differ between the members of an axis. Each norm costs one scalar
-    reduction over it. Norms that other transformations take (``optax.clip_by_global_norm``, a ``projection``) remain
-    those of the shard.
+    For ``shard_map`` with params that differ between the members of an axis. Each norm costs two scalar reductions over
+    it. Norms that other transformations take (``optax.clip_by_global_norm``, a ``projection``) remain those of the
+    shard. Stands around the link alone, ``optax.chain(sharded(sam(rho), "model"), optax.adam(1e-3))``; for two axes
+    with a mask each, around itself.
+
+    Where ``shard_map`` does not track what varies (``check_vma=False``, ``pmap``) it needs the ``mask``, and a loss
+    that does not communicate: JAX's own gradients through ``psum`` are too large there by the size of the axis.
 
     Args:
         inner: link with ascents and renormalizations of this package; in ``micro_batched`` it stands inside,
@@ -57,7 +61,8 @@ def sharded(
     shards = Shards(as_axes(axis_name), mask)
 
     def update(updates, state, params=None, **extra_args):
-        return inner.update(updates, state, params, **extra_args | {"shards": shards})
+        declared = (*extra_args.pop("shards", ()), shards)
+        return inner.update(updates, state, params, shards=declared, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -100,12 +105,17 @@ def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: tuple
             args, kwargs = jax.tree.unflatten(structure, mixed)
             return function(params, state, batch, *args, **kwargs)
 
-        return jax.shard_map(
-            member,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axes), PartitionSpec()),
-            out_specs=PartitionSpec(),
-            axis_names=set(axes),
-        )(params, state, batch, [leaf for array, leaf in zip(is_array, leaves, strict=True) if array])
+        everywhere, examples = PartitionSpec(), PartitionSpec(axes)
+        specs = everywhere, everywhere, examples, everywhere
+        on_devices = jax.shard_map(member, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes))
+        try:
+            return on_devices(params, state, batch, [x for array, x in zip(is_array, leaves, strict=True) if array])
+        except Exception as error:
+            error.add_note(
+                f"The batch is sharded over {axes} of an Explicit mesh, so each device takes whole micro-batches, in a "
+                f"jax.shard_map over {axes}: loss_fn must not name {axes} in out_sharding there, and arrays on the "
+                "mesh must be passed to it as arguments instead of being closed over."
+            )
+            raise
 
     return mapped

@@ -155,7 +155,7 @@ def _checked_index(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: 
         raise ValueError(f"index_fn must return a scalar; got an array of shape {index.shape}.")
     if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool):
         raise TypeError(f"index_fn must return an integer or a boolean; got dtype {index.dtype}.")
-    if varying_axes(index) or depends_on_member(index_fn, step):
+    if depends_on_member(index_fn, step):
         raise ValueError(
             "index_fn must return the same on all members of a mapped axis; it differs between them. A gradient that "
             "communicates over the axis would wait for ever for members in another branch."
@@ -170,7 +170,8 @@ def _check_averages(names: Sequence[str], averages: Mapping[int, set[str]]) -> N
             does, does_not = (position, min(averages)) if what in average else (min(averages), position)
             raise ValueError(
                 f"Of a switch, {names[does]} averages over {what} and {names[does_not]} does not. Averaging belongs "
-                "around the switch: `micro_batched(switch_at({...}))`."
+                "around the switch, `micro_batched(switch_at({...}))`, or into every branch: a plain one is "
+                "`micro_batched(optax.identity(), ...)`."
             )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.ascent import NO_PARAMS_MESSAGE, UNSHARDED, widen
+from optax_sam.ascent import NO_PARAMS_MESSAGE, widen
 from optax_sam.axes import check_declared, vary, varying_axes
 
 
@@ -87,12 +87,12 @@ def sharpness_aware(
     def init(params):
         return SharpnessAwareState(ascent_state=ascent.init(params))
 
-    def update(updates, state, params=None, *, grad_fn=None, value_fn=None, batch=None, shards=UNSHARDED, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, value_fn=None, batch=None, shards=(), **extra_args):
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
         gradient_at = _gradient_function(grad_fn, value_fn, batch)
         _check_gradient("updates", updates, params)
-        check_declared(params, shards)
+        check_declared(params, updates, shards)
         gradient, ascent_state = updates, state.ascent_state
         perturbation, point = None, params
         for step in range(steps):
@@ -122,8 +122,30 @@ def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any) -> Callable[[Any
                 "A sharpness-aware update evaluates the gradient again, and got neither grad_fn nor value_fn. Call "
                 "`tx.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)` or pass `value_fn=loss_fn`."
             )
-        grad_fn = jax.grad(value_fn)
+        grad_fn = _unsummed_gradient(value_fn)
     return grad_fn if batch is None else lambda params: grad_fn(params, batch)
+
+
+def _unsummed_gradient(value_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of value_fn, refused where ``shard_map`` has summed it over devices."""
+
+    def gradient_at(*args):
+        value, gradient = jax.value_and_grad(value_fn)(*args)
+        check_not_summed("value_fn", value, gradient)
+        return gradient
+
+    return gradient_at
+
+
+def check_not_summed(name: str, value: jax.Array, gradient: Any) -> None:
+    """Raises if ``shard_map`` summed the gradient of a value that differs between devices."""
+    for leaf in jax.tree.leaves(gradient):
+        for axis in sorted(varying_axes(value) - varying_axes(leaf)):
+            raise ValueError(
+                f"What {name} returns varies over the mapped axis {axis!r} and its gradient does not: shard_map summed "
+                f"it over the devices, because params are replicated. Let `gradient_estimator(loss_fn, link, "
+                f"axis_name={axis!r})` average; or average the loss in {name}, with jax.lax.pmean(loss, {axis!r})."
+            )
 
 
 def _check_gradient(what: str, gradient: Any, params: Any) -> None:

@@ -46,12 +46,15 @@ def test_every_method_has_an_expectation():
 
 
 @pytest.mark.parametrize(("axis_type", "strategy"), [(AxisType.Auto, "vmap"), (AxisType.Explicit, "auto")])
-@pytest.mark.parametrize(("num_micro_batches", "reductions"), [(1, 2), (DEVICES, 1), (2 * DEVICES, 1)])
-def test_reductions_under_jit(axis_type, strategy, num_micro_batches, reductions):
+@pytest.mark.parametrize(
+    ("num_micro_batches", "ascent_per", "reductions"),
+    [(1, "batch", 2), (DEVICES, "micro_batch", 1), (2 * DEVICES, "micro_batch", 1), (2 * DEVICES, "batch", 2)],
+)
+def test_reductions_under_jit(axis_type, strategy, num_micro_batches, ascent_per, reductions):
     """Synchronized SAM, and mSAM with whole micro-batches on each device, on a batch that is sharded."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
     function = optax_sam.value_and_grad(
-        mlp_loss, optax_sam.sam(0.1), num_micro_batches=num_micro_batches, strategy=strategy
+        mlp_loss, optax_sam.sam(0.1), num_micro_batches=num_micro_batches, strategy=strategy, ascent_per=ascent_per
     )
     with jax.set_mesh(mesh):
         params = jax.device_put(mlp_params(), NamedSharding(mesh, PartitionSpec()))

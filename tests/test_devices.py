@@ -319,8 +319,19 @@ def test_gradient_that_shard_map_already_summed_is_refused():
 
 def test_estimator_that_was_not_told_the_axis_refuses_the_sum():
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO))
-    with pytest.raises(ValueError, match=r"loss varies over the mapped axis 'data'.*Pass axis_name='data'"):
+    with pytest.raises(ValueError, match=r"loss_fn returns varies over the mapped axis 'data'.*axis_name='data'"):
         MAPS["shard_map"](function, PARAMS)
+
+
+def test_value_fn_whose_gradient_is_summed_is_refused():
+    link = optax_sam.sam(RHO)
+
+    def member(params, batch):
+        grads = jax.grad(lambda w: jax.lax.pmean(mlp_loss(w, batch), "data"))(params)
+        return link.update(grads, link.init(params), params, value_fn=mlp_loss, batch=batch)[0]
+
+    with pytest.raises(ValueError, match=r"value_fn returns varies over the mapped axis 'data'.*jax.lax.pmean\(loss"):
+        MAPS["shard_map"](member, PARAMS)
 
 
 def test_loss_that_is_averaged_over_devices_needs_no_axis_name():
@@ -362,6 +373,23 @@ def test_branches_that_differ_between_devices_are_refused(place):
         MAPS[place](own_gradient(link), PARAMS, link.init(PARAMS))
 
 
+@every_map
+def test_index_that_is_the_same_on_all_members_is_accepted(run):
+    inner = optax_sam.switch_by(lambda step: step >= 0, [optax.identity(), optax_sam.sam(RHO)])
+    link = optax_sam.micro_batched(inner, "data")
+    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
+    actual, _ = run(own_gradient(link), PARAMS, link.init(PARAMS))
+    assert_close(actual, single(PARAMS, BATCH)[1])
+
+
+def test_index_that_reads_the_axis_and_is_the_same_on_all_members_is_accepted():
+    everywhere = lambda step: jax.lax.psum(jax.lax.axis_index("data"), "data") > 3  # noqa: E731
+    link = optax_sam.micro_batched(optax_sam.switch_by(everywhere, [optax.identity(), optax_sam.sam(RHO)]), "data")
+    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
+    actual, _ = MAPS["shard_map"](own_gradient(link), PARAMS, link.init(PARAMS))
+    assert_close(actual, single(PARAMS, BATCH)[1])
+
+
 @pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
 def test_params_that_were_marked_as_varying_are_refused(place):
     averaged, plain = optax_sam.msam(RHO, "data"), optax_sam.sam(RHO)
@@ -392,7 +420,7 @@ def test_batch_on_an_explicit_mesh_that_does_not_divide_is_refused_with_all_thre
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
     batch = jax.device_put(mlp_batch(size=16), NamedSharding(mesh, PartitionSpec("data")))
     for num_micro_batches, message in (
-        (24, "batch_size=16 must be divisible by num_micro_batches=24"),
+        (24, r"batch_size=16 must be divisible by num_micro_batches=24 \(on 8 devices\)"),
         (4, "got 16 examples, 8 devices and num_micro_batches=4"),
     ):
         function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=num_micro_batches)
@@ -407,7 +435,41 @@ def test_axis_that_is_not_mapped_is_named(run):
         run(function, PARAMS)
 
 
+@pytest.mark.parametrize("reason", ["out_sharding", "closure"])
+def test_losses_that_do_not_fit_whole_micro_batches_on_each_device_are_explained(reason):
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))):
+        batch = jax.device_put(BATCH, PartitionSpec("data"))
+        scale = jax.device_put(jnp.ones([]), PartitionSpec())
+
+        def loss_fn(w, batch, scale):
+            sharding = PartitionSpec("data", None) if reason == "out_sharding" else None
+            return scale * jnp.mean(jnp.matmul(batch["x"], w, out_sharding=sharding) ** 2)
+
+        @jax.jit
+        def function(w, batch, scale):
+            closed = lambda w, batch: loss_fn(w, batch, scale if reason == "closure" else 1)  # noqa: E731
+            return optax_sam.value_and_grad(closed, optax_sam.sam(RHO), num_micro_batches=8)(w, batch)
+
+        with pytest.raises((ValueError, NotImplementedError)) as raised:
+            function(jnp.ones((3, 2)), batch, scale)
+    assert "loss_fn must not name ('data',) in out_sharding there, and arrays on the" in raised.value.__notes__[0]
+
+
 # State, aux and randomness.
+
+
+@every_map
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
+def test_large_float16_gradients_do_not_overflow(run, ascent_per):
+    params = jnp.ones(3, jnp.float16)
+
+    def loss_fn(w, batch):
+        outputs = (w[None] * jnp.float16(20_000)).astype(jnp.float32)
+        return jnp.mean(jnp.sum(outputs, axis=1)) + 0 * jnp.sum(batch["y"])
+
+    function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), axis_name="data", ascent_per=ascent_per)
+    _, grads = run(function, params)
+    assert_close(jnp.asarray(grads), jnp.full(3, 20_000, jnp.float16))
 
 
 @every_map

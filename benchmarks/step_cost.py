@@ -1,0 +1,223 @@
+"""What a training step costs: time, compilation, FLOPs and memory of every method and of what one would pick instead.
+
+    python benchmarks/step_cost.py                                    # all networks with SGD and AdamW: half an hour
+    python benchmarks/step_cost.py --network CNN --optimizer sgd      # one table
+
+Every program is one jitted training step with donated state: gradient estimate, optimizer, update of the params. Times
+are medians over interleaved rounds, as ratios to the plain step of the same round.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import networks
+import numpy as np
+import optax
+import peers
+import timing
+import tqdm
+
+import optax_sam
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+RHO = 0.05
+OPTIMIZERS = {"sgd": optax.sgd(1e-3, momentum=0.9), "adamw": optax.adamw(1e-3)}
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+MICRO_BATCHES = (2, 8, 32)
+STRATEGIES = ("scan", "unroll", "vmap", "auto")
+NEVER = 1 << 30
+SAM = optax_sam.sam(RHO)
+AS_TRACED = "as traced"
+METHODS = {
+    "plain": (optax.identity(), {}),
+    "SAM": (SAM, {}),
+    "USAM": (optax_sam.usam(RHO), {}),
+    "ASAM": (optax_sam.asam(10 * RHO), {}),
+    "StableSAM": (optax_sam.stable_sam(RHO), {}),
+    "late SAM, before the switch": (optax_sam.late(SAM, NEVER), {}),
+    "late SAM, after the switch": (optax_sam.late(SAM, 1), {}),
+    f"late SAM, after, {AS_TRACED}": (optax_sam.late(SAM, 1), {}),
+} | {
+    f"mSAM, M = {size}, {strategy}": (SAM, {"num_micro_batches": size, "strategy": strategy})
+    for size in MICRO_BATCHES
+    for strategy in STRATEGIES
+}
+METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]
+COLORS = {"optax_sam": "#0072b2", "peer": "#d55e00"}
+
+
+def make_step(task: networks.Task, link: Any, optimizer: Any, **options: Any) -> tuple[Any, Callable[..., Any]]:
+    """The initial state and the training step of a method."""
+    estimator = optax_sam.gradient_estimator(task.loss_fn, link, **options)
+
+    def step(state, batch):
+        params, link_state, optimizer_state = state
+        _, grads, link_state = estimator.value_and_grad(params, link_state, batch)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+        return optax.apply_updates(params, updates), link_state, optimizer_state
+
+    params = task.init()
+    return (params, estimator.init(params), optimizer.init(params)), step
+
+
+def chain_step(task: networks.Task, optimizer: Any) -> tuple[Any, Callable[..., Any]]:
+    """SAM as the first link of an Optax chain."""
+    tx = optax.chain(SAM, optimizer)
+    grad_fn = jax.grad(task.loss_fn)
+
+    def step(state, batch):
+        params, tx_state = state
+        updates, tx_state = tx.update(grad_fn(params, batch), tx_state, params, grad_fn=grad_fn, batch=batch)
+        return optax.apply_updates(params, updates), tx_state
+
+    params = task.init()
+    return (params, tx.init(params)), step
+
+
+class Program:
+    """A compiled training step with its state, and what XLA says of it."""
+
+    def __init__(self, state: Any, step: Callable[..., Any], batch: Any) -> None:
+        start = time.perf_counter()
+        self.step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        self.facts = {"compile_seconds": time.perf_counter() - start}
+        cost, memory = self.step.cost_analysis() or {}, self.step.memory_analysis()
+        self.facts |= {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed")}
+        self.facts["temporary_bytes"] = getattr(memory, "temp_size_in_bytes", None)
+        self.state, self.batch = state, batch
+
+    def __call__(self) -> Any:
+        self.state = self.step(self.state, self.batch)
+        return self.state
+
+
+@contextlib.contextmanager
+def convolutions_as_traced() -> Iterator[None]:
+    """Without the rewriting of convolutions in loops and branches."""
+    same = lambda function: function  # noqa: E731
+    with mock.patch("optax_sam.switching.canonicalized", same), mock.patch("optax_sam.estimator.canonicalized", same):
+        yield
+
+
+def programs(task: networks.Task, optimizer: str) -> Iterator[tuple[str, Program]]:
+    """Every method and peer, compiled."""
+    batch, tx = task.batch(), OPTIMIZERS[optimizer]
+    for name, (link, options) in METHODS.items():
+        with convolutions_as_traced() if name.endswith(AS_TRACED) else contextlib.nullcontext():
+            yield name, Program(*make_step(task, link, tx, **options), batch)
+    yield "SAM, in an Optax chain", Program(*chain_step(task, tx), batch)
+    for name, make in peers.PEERS.items():
+        yield name, Program(*make(task, tx), batch)
+
+
+def measure(network: str, optimizer: str, precision: str, repeats: int) -> dict[str, dict[str, Any]]:
+    """All rows of one table."""
+    task = networks.tasks(PRECISIONS[precision])[network]
+    compiled = dict(tqdm.tqdm(programs(task, optimizer), desc=f"compiling {network}", disable=None, leave=False))
+    functions: dict[str, Callable[[], Any]] = dict(compiled)
+    if jax.default_backend() == "cpu" and precision == "float32":
+        functions |= peers.torch_steps(network, task, optimizer)
+    seconds = timing.interleaved(functions, repeats)
+    ratios = timing.ratios(seconds, "plain")
+    rows = {}
+    for name, values in seconds.items():
+        median, low, high = ratios[name]
+        rows[name] = {"milliseconds": 1e3 * float(np.median(values)), "ratio": median, "quartiles": [low, high]}
+        rows[name] |= compiled[name].facts if name in compiled else {}
+        if name.startswith("PyTorch"):
+            own = values / seconds["PyTorch, plain"]
+            rows[name]["ratio_to_own_plain"] = float(np.median(own))
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """One line per program, fit for 80 columns."""
+    lines = [f"{'':<34}{'ms':>8}{'× plain':>9}{'quartiles':>14}{'compile':>9}{'temp MB':>8}"]
+    for name, row in rows.items():
+        low, high = row["quartiles"]
+        line = f"{name:<34}{row['milliseconds']:>8.2f}{row['ratio']:>9.2f}{f'{low:.2f}-{high:.2f}':>14}"
+        if "compile_seconds" in row:
+            line += f"{row['compile_seconds']:>7.1f} s{(row['temporary_bytes'] or 0) / 1e6:>8.1f}"
+        elif "ratio_to_own_plain" in row:
+            line += f"  {row['ratio_to_own_plain']:.2f} × own plain"
+        lines.append(line)
+    for size in MICRO_BATCHES:
+        ratios = {strategy: rows[f"mSAM, M = {size}, {strategy}"]["ratio"] for strategy in STRATEGIES}
+        best = min(ratios, key=ratios.__getitem__)
+        lines.append(f"auto at M = {size}: {ratios['auto'] / ratios[best]:.2f} × the best ({best})")
+    return "\n".join(lines)
+
+
+def draw(tables: list[dict[str, Any]]) -> Figure:
+    """Time relative to the plain step, one panel per network."""
+    tables = [entry for entry in tables if entry["precision"] == "float32"]
+    names = list(dict.fromkeys(name for entry in tables for name in entry["rows"] if name != "plain"))
+    panels = list(dict.fromkeys(entry["network"] for entry in tables))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 2.6 * len(panels), 8.5), sharey=True, squeeze=False)
+    for axis, network in zip(axes[0], panels, strict=True):
+        for entry, marker in zip([e for e in tables if e["network"] == network], "os", strict=False):
+            for name, row in entry["rows"].items():
+                if name == "plain":
+                    continue
+                ours = name.startswith(("SAM", "USAM", "ASAM", "Stable", "late", "mSAM"))
+                color = COLORS["optax_sam" if ours else "peer"]
+                axis.plot(
+                    row["ratio"], names.index(name), marker, color=color, markersize=6, alpha=0.75, linestyle="none"
+                )
+        for cost in (1, 2):
+            axis.axvline(cost, color="0.6", linewidth=1, zorder=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set(title=network, xlabel="time / plain step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].invert_yaxis()
+    used = list(dict.fromkeys(entry["optimizer"] for entry in tables))
+    marks = " and ".join(
+        f"{optimizer} ({shape})" for optimizer, shape in zip(used, ("circles", "squares"), strict=False)
+    )
+    figure.suptitle(f"blue: optax_sam, orange: others; {marks}", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", nargs="+", choices=list(networks.tasks()), default=list(networks.tasks()))
+    parser.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
+    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--name", help="results go to benchmarks/results/NAME.json and .png; default: step_cost")
+    settings = parser.parse_args()
+    results = {"command": " ".join(["python", *sys.argv]), **timing.environment(), "tables": []}
+    folder = pathlib.Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    for network in settings.network:
+        for optimizer in settings.optimizer:
+            for precision in settings.precision:
+                rows = measure(network, optimizer, precision, settings.repeats)
+                print(f"\n{network}, {optimizer}, {precision}\n{table(rows)}", flush=True)
+                entry = {"network": network, "optimizer": optimizer, "precision": precision, "rows": rows}
+                results["tables"].append(entry)
+                if settings.name:
+                    (folder / f"{settings.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    if settings.name:
+        draw(results["tables"]).savefig(folder / f"{settings.name}.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Cost, in deterministic figures: FLOPs, memory, compilations and transfers. Times are in ``benchmarks``."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import networks
+import optax
+import overhead
+import pytest
+import step_cost
+
+import optax_sam
+
+TASK = networks.Task(networks.Transformer(width=256, layers=2), (32, 8))
+OPTIMIZER = optax.adamw(1e-3)
+SAM = optax_sam.sam(0.05)
+
+
+def num_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+PARAMS = num_bytes(jax.eval_shape(TASK.init))
+
+
+@functools.cache
+def compiled(link, **options):
+    """A training step of a transformer whose params outweigh its activations, with donated state."""
+    state, step = step_cost.make_step(TASK, link, OPTIMIZER, **options)
+    return jax.jit(step, donate_argnums=0).lower(state, TASK.batch()).compile()
+
+
+def temporary(link, **options):
+    """Temporary memory in units of the params."""
+    return compiled(link, **options).memory_analysis().temp_size_in_bytes / PARAMS
+
+
+PLAIN = optax.identity()
+
+
+@pytest.mark.parametrize("link", [SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["sam", "asam", "stable"])
+def test_sam_needs_one_more_copy_of_the_params_and_twice_the_flops(link):
+    assert temporary(link) <= temporary(PLAIN) + 1.1
+    ratio = compiled(link).cost_analysis()["flops"] / compiled(PLAIN).cost_analysis()["flops"]
+    assert 1.9 < ratio < 2.02
+
+
+def test_renormalization_costs_norms():
+    flops = compiled(optax_sam.stable_sam(0.05)).cost_analysis()["flops"] / compiled(SAM).cost_analysis()["flops"]
+    assert 1 < flops < 1.03
+
+
+@pytest.mark.parametrize("num_micro_batches", [2, 8, 32])
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
+def test_memory_of_a_scan_does_not_grow_with_micro_batches(num_micro_batches, ascent_per):
+    here = temporary(SAM, num_micro_batches=num_micro_batches, ascent_per=ascent_per)
+    assert here <= temporary(PLAIN) + 3
+    assert here <= temporary(SAM, num_micro_batches=2, ascent_per=ascent_per)
+
+
+@pytest.mark.parametrize(
+    ("link", "options"),
+    [(SAM, {}), (SAM, {"num_micro_batches": 8}), (optax_sam.late(SAM, 5), {})],
+    ids=["sam", "scan", "late"],
+)
+def test_donated_state_is_updated_in_place(link, options):
+    state, _ = step_cost.make_step(TASK, link, OPTIMIZER, **options)
+    memory = compiled(link, **options).memory_analysis()
+    assert memory.alias_size_in_bytes == num_bytes(state)
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        optax_sam.late(SAM, 2),
+        optax_sam.stable_sam(optax.linear_schedule(0.0, 0.1, 5)),
+        optax_sam.switch_by(lambda step: step % 2, [PLAIN, SAM]),
+    ],
+    ids=["late", "schedule", "alternating"],
+)
+def test_steps_neither_recompile_nor_touch_the_host(link):
+    task = networks.Task(networks.MLP(), (8, 28, 28, 1))
+    state, step = step_cost.make_step(task, link, OPTIMIZER, num_micro_batches=2)
+    step, batch = jax.jit(step, donate_argnums=0), jax.device_put(task.batch())
+    state = step(jax.device_put(state), batch)
+    with jax.transfer_guard("disallow"):
+        for _ in range(4):
+            state = step(state, batch)
+    assert step._cache_size() == 1
+    text = step.lower(state, batch).compile().as_text()
+    assert not any(word in text for word in ("callback", "infeed", "outfeed", "host-transfer"))
+
+
+@pytest.mark.parametrize("link", [SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["sam", "asam", "stable"])
+def test_program_grows_linearly_with_the_number_of_leaves(link):
+    def num_instructions(num_leaves):
+        params = {f"{index}": jnp.full(10, index / num_leaves) for index in range(num_leaves)}
+        program = jax.jit(functools.partial(overhead.update, link)).lower(params).compile()
+        return program.as_text().count(" = ")
+
+    assert num_instructions(128) < 2.2 * num_instructions(64)
