@@ -100,12 +100,21 @@ def _bytes_of(shape: tuple[str, str]) -> int:
 
 
 class Method(NamedTuple):
-    """A gradient estimate; ``branch`` is the one that its switch takes."""
+    """A gradient estimate.
+
+    Attributes:
+        link: what is made of the clean gradient.
+        ascent_per: what one ascent is computed from.
+        num_micro_batches: on each device.
+        branch: the branch that a switch in it takes.
+        rounds: how often all params are reduced, by the formula.
+    """
 
     link: optax.GradientTransformationExtraArgs
     ascent_per: str = "micro_batch"
     num_micro_batches: int = 1
     branch: int = 0
+    rounds: int = 1
 
 
 SAM = optax_sam.sam(RHO)
@@ -116,14 +125,13 @@ METHODS = {
     "mSAM, M = 16 a device": Method(SAM, num_micro_batches=16),
     "StableSAM per device": Method(optax_sam.stable_sam(RHO)),
     "one ascent per device, M = 4": Method(SAM, "device", num_micro_batches=4),
-    "synchronized SAM": Method(SAM, "batch"),
-    "synchronized SAM, M = 4": Method(SAM, "batch", num_micro_batches=4),
+    "synchronized SAM": Method(SAM, "batch", rounds=2),
+    "synchronized SAM, M = 4": Method(SAM, "batch", num_micro_batches=4, rounds=2),
     "synchronized late SAM, before": Method(optax_sam.late(SAM, 1), "batch", branch=0),
-    "synchronized late SAM, after": Method(optax_sam.late(SAM, 1), "batch", branch=1),
+    "synchronized late SAM, after": Method(optax_sam.late(SAM, 1), "batch", branch=1, rounds=2),
     "late mSAM, before": Method(optax_sam.late(SAM, 1), branch=0),
     "late mSAM, after": Method(optax_sam.late(SAM, 1), branch=1),
 }
-ROUNDS = {name: 2 if name.startswith("synchronized") and not name.endswith("before") else 1 for name in METHODS}
 
 
 def make_params(width: int) -> dict[str, jax.Array]:
@@ -158,7 +166,7 @@ def compiled(method: Method, num_devices: int, width: int) -> Any:
 
 def reduced_bytes(method: str, num_parameters: int) -> int:
     """The formula for what is reduced in a step: the loss, and the params once or twice."""
-    return 4 + 4 * num_parameters * ROUNDS[method]
+    return 4 + 4 * num_parameters * METHODS[method].rounds
 
 
 def sent_bytes(reduced: float, num_devices: int) -> float:

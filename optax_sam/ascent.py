@@ -207,30 +207,34 @@ def norm_of(tree: Any, shards: Declared = ()) -> Norm:
     leaves = [(leaf.astype(np.result_type(leaf.dtype, dtype)), axes) for leaf, axes in leaves]
     # A scale for each leaf, and a division by the unit of all: what is cheap and depends on all leaves, XLA would
     # repeat in the loop over each of them, and take minutes to compile a few hundred.
-    groups = {}
+    squares_by_axes = {}
     for leaf, axes in leaves:
-        peak = jax.lax.stop_gradient(jnp.max(jnp.abs(leaf)))
-        scale = _scale_for(peak)
-        groups.setdefault(axes, []).append((jnp.where(peak == 0, 0, 1 / scale), _sum_of_squares(leaf * scale)))
-    groups = {axes: tuple(map(jnp.stack, zip(*pairs, strict=True))) for axes, pairs in groups.items()}
-    unit = _joined(jnp.maximum, jax.lax.pmax, {axes: jnp.max(units) for axes, (units, _) in groups.items()})
+        squares_by_axes.setdefault(axes, []).append(_square_of(leaf))
+    groups = [(axes, *map(jnp.stack, zip(*pairs, strict=True))) for axes, pairs in squares_by_axes.items()]
+    units = [_over(jax.lax.pmax, jnp.max(units), axes) for axes, units, _ in groups]
+    unit = functools.reduce(jnp.maximum, units)
     unit = jnp.where(unit == 0, 1, unit)
-    sums = {axes: jnp.sum(squares * (units / unit) * (units / unit)) for axes, (units, squares) in groups.items()}
-    square = _joined(jnp.add, jax.lax.psum, sums)
+    sums = [_over(jax.lax.psum, jnp.sum(x * (units / unit) * (units / unit)), axes) for axes, units, x in groups]
+    square = functools.reduce(jnp.add, sums)
     zero = square == 0
     return Norm(unit, ratio=jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))))
 
 
-def _scale_for(peak: jax.Array) -> jax.Array:
-    """A power of two by which squares of up to peak neither overflow nor, that of peak, underflow; 1 for zero."""
+def _square_of(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A unit, 0 for zeros and else a power of two, and the squared norm of the leaf in it, which does not overflow.
+
+    Nor does the square of the largest element underflow.
+    """
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(leaf)))
     safe = 5 * jnp.finfo(peak.dtype).maxexp // 16
     is_small = (peak > 0) & (peak < 2.0**-safe)
-    return jnp.where(peak > 2.0**safe, 4.0**-safe, jnp.where(is_small, 4.0**safe, 1.0)).astype(peak.dtype)
+    scale = jnp.where(peak > 2.0**safe, 4.0**-safe, jnp.where(is_small, 4.0**safe, 1.0)).astype(peak.dtype)
+    return jnp.where(peak == 0, 0, 1 / scale), _sum_of_squares(leaf * scale)
 
 
-def _joined(join: Callable, join_over: Callable, scalars: dict[tuple[str, ...], jax.Array]) -> jax.Array:
-    """The scalars in one, each first joined over the mapped axes it belongs to."""
-    return functools.reduce(join, [join_over(vary(x, axes), axes) if axes else x for axes, x in scalars.items()])
+def _over(reduce: Callable[..., jax.Array], x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """x, reduced over mapped axes if there are any."""
+    return reduce(vary(x, axes), axes) if axes else x
 
 
 def widen(leaf: jax.typing.ArrayLike) -> jax.Array:

@@ -46,20 +46,18 @@ def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def depends_on_member(function: Callable[..., Any], *args: jax.Array) -> bool:
-    """Whether the function returns different things on the members of a mapped axis, given the same arguments.
+def differs_between_members(result: jax.Array, function: Callable[..., Any], *args: jax.Array) -> bool:
+    """Whether ``result = function(*args)`` differs between members of a mapped axis, given that the arguments do not.
 
-    Where nothing is tracked, whether it asks for its place on the axis.
+    Where nothing is tracked: whether the function asks for its place on the axis.
     """
 
     def reads_index(jaxpr: Jaxpr) -> bool:
         here = (eqn.params["axis_name"] for eqn in jaxpr.eqns if eqn.primitive is axis_index_p)
         return any(not is_checked(as_axes(axes)) for axes in here) or any(map(reads_index, subjaxprs(jaxpr)))
 
-    result = function(*args)
-    if varying_axes(result):
-        return True
-    return isinstance(result, Tracer) and reads_index(jax.make_jaxpr(function)(*args).jaxpr)
+    untracked = isinstance(result, Tracer) and not varying_axes(result)
+    return reads_index(jax.make_jaxpr(function)(*args).jaxpr) if untracked else bool(varying_axes(result))
 
 
 def as_axes(axis_name: Any) -> tuple[str, ...]:

@@ -123,57 +123,85 @@ def gradient_estimator(
             'devices are not visible. There, one ε per device is ascent_per="micro_batch" with num_micro_batches = the '
             'number of devices, and one ε for all is ascent_per="batch".'
         )
+    estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes)
+    return GradientEstimator(init=link.init, value_and_grad=_on_the_devices_of_the_batch(estimate))
 
-    def value_and_grad(params, state, /, *args, **kwargs):
-        check_mapped(axes)
-        if num_micro_batches > 1:
-            if not args:
-                raise ValueError(
-                    f"{num_micro_batches=} needs a batch to split: call value_and_grad(params, state, batch)."
-                )
-            _check_divisible(args[0], num_micro_batches, axes)
-            mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
-            shards_of_device, rest = divmod(num_micro_batches, num_devices(mesh, mesh_axes))
-            if mesh_axes and not rest and not axes:
-                options = {"has_aux": has_aux, "strategy": strategy, "num_micro_batches": shards_of_device}
-                options |= {"ascent_per": ascent_per}
-                on_device = gradient_estimator(loss_fn, link, axis_name=mesh_axes, **options).value_and_grad
-                return on_each_device(on_device, mesh, mesh_axes)(params, state, *args, **kwargs)
 
-        check_replicated(params, axes)
+class _Estimate(NamedTuple):
+    """What an estimator does with the part of the batch that it sees: the arguments of :func:`gradient_estimator`."""
+
+    loss_fn: Callable[..., Any]
+    link: optax.GradientTransformationExtraArgs
+    has_aux: bool
+    num_shards: int
+    ascent_per: str
+    strategy: str
+    axes: tuple[str, ...]
+
+    def run(self, params: Any, state: optax.OptState, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """The loss (and aux), the gradient and the new state."""
+        check_mapped(self.axes)
+        check_replicated(params, self.axes)
 
         def local(point):
             """The point, marked as varying over the axes: its gradient is then this member's own, not their sum."""
-            return jax.tree.map(lambda w: vary(jnp.asarray(w), axes), point) if axes else point
+            return jax.tree.map(lambda w: vary(jnp.asarray(w), self.axes), point) if self.axes else point
 
         def apply_link(average):
             """Value, gradient and state of the link, where ``average`` runs over all the losses that share one ε."""
 
             def grad_fn(point):
-                return average(lambda loss: _gradient(loss, has_aux)(local(point)))
+                return average(lambda loss: _gradient(loss, self.has_aux)(local(point)))
 
-            value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=has_aux)(local(params)))
-            check_not_summed("loss_fn", value[0] if has_aux else value, clean)
-            return value, *link.update(clean, state, params, grad_fn=grad_fn)
+            value, clean = average(lambda loss: jax.value_and_grad(loss, has_aux=self.has_aux)(local(params)))
+            check_not_summed("loss_fn", value[0] if self.has_aux else value, clean)
+            return value, *self.link.update(clean, state, params, grad_fn=grad_fn)
 
-        def over_micro_batches(evaluate):
+        def over_shards(evaluate):
             def evaluate_one(index, arguments, keywords):
-                number = _shard_number(index, num_micro_batches, axes)
-                arguments, keywords = _fold_keys((arguments, keywords), number)
-                return evaluate(lambda params: loss_fn(params, *arguments, **keywords))
+                arguments, keywords = _fold_keys((arguments, keywords), self._shard_number(index))
+                return evaluate(lambda params: self.loss_fn(params, *arguments, **keywords))
 
-            return _mean_over_shards(evaluate_one, args, kwargs, num_micro_batches, strategy)
+            return _mean_over_shards(evaluate_one, args, kwargs, self.num_shards, self.strategy)
 
         def over_devices(tree):
-            return mean_over_axes(tree, axes) if axes else tree
+            return mean_over_axes(tree, self.axes) if self.axes else tree
 
-        if ascent_per == "micro_batch":
-            return over_devices(over_micro_batches(lambda loss: apply_link(lambda evaluate: evaluate(loss))))
-        if ascent_per == "device":
-            return over_devices(apply_link(over_micro_batches))
-        return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
+        if self.num_shards > 1 and self.axes:
+            members = jax.lax.axis_size(self.axes)
+            _check_divisible((leading_size(batch=args[0]) or 0) * members, members, self.num_shards)
+        if self.ascent_per == "micro_batch":
+            return over_devices(over_shards(lambda loss: apply_link(lambda evaluate: evaluate(loss))))
+        if self.ascent_per == "device":
+            return over_devices(apply_link(over_shards))
+        return apply_link(lambda evaluate: over_devices(over_shards(evaluate)))
 
-    return GradientEstimator(init=link.init, value_and_grad=value_and_grad)
+    def _shard_number(self, index: Any) -> Any:
+        """The index of a micro-batch, counted over all members of the axes; None where there is only one."""
+        if self.num_shards * (jax.lax.axis_size(self.axes) if self.axes else 1) == 1:
+            return None
+        return jax.lax.axis_index(self.axes) * self.num_shards + index if self.axes else index
+
+
+def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
+    """``estimate.run``, on each device by itself where it is known to hold whole micro-batches: no example moves."""
+
+    def value_and_grad(params, state, /, *args, **kwargs):
+        num_shards = estimate.num_shards
+        if num_shards > 1:
+            if not args:
+                raise ValueError(
+                    f"num_micro_batches={num_shards} needs a batch to split: call value_and_grad(params, state, batch)."
+                )
+            mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
+            devices = num_devices(mesh, mesh_axes)
+            if mesh_axes and num_shards % devices == 0 and not estimate.axes:
+                _check_divisible(leading_size(batch=args[0]) or 0, devices, num_shards // devices)
+                own = estimate._replace(num_shards=num_shards // devices, axes=mesh_axes)
+                return on_each_device(own.run, mesh, mesh_axes)(params, state, args, kwargs)
+        return estimate.run(params, state, args, kwargs)
+
+    return value_and_grad
 
 
 def value_and_grad(
@@ -252,48 +280,27 @@ def _mean_over_shards(
     return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if is_float(x) else t, total, first)
 
 
-def _check_divisible(batch: Any, num_shards: int, axes: tuple[str, ...]) -> None:
-    """Raises unless the examples of the batch make ``num_shards`` equal shards."""
-    batch_size = leading_size(batch=batch)
-    if batch_size is None or not batch_size % num_shards:
-        return
-    if not axes:
-        devices = num_devices(*mesh_axes_of_examples(batch, None))
-        spread = f" (on {devices} devices)" if devices > 1 else ""
-        raise ValueError(f"{batch_size=} must be divisible by num_micro_batches={num_shards}{spread}.")
-    members = jax.lax.axis_size(axes)
-    raise ValueError(
-        f"The batch size must be divisible by devices × num_micro_batches; got {batch_size * members} examples, "
-        f"{members} members of the mapped axis {' × '.join(map(repr, axes))} and num_micro_batches={num_shards}."
-    )
-
-
 def _split(batch: Any, num_shards: int) -> Any:
     """The batch with leaves (B, ...) reshaped to (num_shards, B / num_shards, ...)."""
+    leading_size(batch=batch)
 
     def split(leaf):
         leaf = jnp.asarray(leaf)
-        size = leaf.shape[0] // num_shards
         mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-        devices = num_devices(mesh, axes_in(spec[:1]))
-        if size % devices:
-            raise ValueError(
-                "Each micro-batch is spread over the devices here: the batch size must be divisible by devices × "
-                f"num_micro_batches; got {leaf.shape[0]} examples, {devices} devices and num_micro_batches="
-                f"{num_shards}. (Devices take whole micro-batches if num_micro_batches is a multiple of the devices, "
-                "all leaves of the batch are sharded alike and nothing else is sharded over that axis.)"
-            )
+        _check_divisible(leaf.shape[0], num_devices(mesh, axes_in(spec[:1])), num_shards)
+        shape = num_shards, leaf.shape[0] // num_shards, *leaf.shape[1:]
         sharding = NamedSharding(mesh, PartitionSpec(None, *spec)) if any(spec) else None
-        return jnp.reshape(leaf, (num_shards, size, *leaf.shape[1:]), out_sharding=sharding)
+        return jnp.reshape(leaf, shape, out_sharding=sharding)
 
     return jax.tree.map(split, batch)
 
 
-def _shard_number(index: Any, num_shards: int, axes: tuple[str, ...]) -> Any:
-    """The index of a micro-batch, counted over all members of the axes; None where there is only one."""
-    if num_shards * (jax.lax.axis_size(axes) if axes else 1) == 1:
-        return None
-    return jax.lax.axis_index(axes) * num_shards + index if axes else index
+def _check_divisible(batch_size: int, devices: int, num_micro_batches: int) -> None:
+    """Raises unless the batch makes ``num_micro_batches`` equal shards on, or spread over, each of the devices."""
+    if batch_size % (devices * num_micro_batches):
+        raise ValueError(
+            f"{batch_size=} must be divisible by devices × num_micro_batches = {devices} × {num_micro_batches}."
+        )
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:

@@ -93,23 +93,21 @@ def num_devices(mesh: AbstractMesh, axes: Iterable[str]) -> int:
 
 
 def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """The function of params, state, batch and more, mapped over the devices that hold the examples of the batch."""
+    """``function(params, state, args, kwargs)`` mapped over the devices that hold the examples of ``args[0]``."""
 
-    def mapped(params, state, batch, /, *args, **kwargs):
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+    def mapped(params, state, args, kwargs):
+        batch, *others = args
+        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, (others, kwargs))
 
         def member(params, state, batch, arrays):
-            replicated = iter(arrays)
-            mixed = [next(replicated) if array else leaf for array, leaf in zip(is_array, leaves, strict=True)]
-            args, kwargs = jax.tree.unflatten(structure, mixed)
-            return function(params, state, batch, *args, **kwargs)
+            merged = jax.tree.map(lambda own, array: own if array is None else array, (others, kwargs), arrays)
+            return function(params, state, (batch, *merged[0]), merged[1])
 
         everywhere, examples = PartitionSpec(), PartitionSpec(axes)
         specs = everywhere, everywhere, examples, everywhere
         on_devices = jax.shard_map(member, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes))
         try:
-            return on_devices(params, state, batch, [x for array, x in zip(is_array, leaves, strict=True) if array])
+            return on_devices(params, state, batch, arrays)
         except Exception as error:
             error.add_note(
                 f"The batch is sharded over {axes} of an Explicit mesh, so each device takes whole micro-batches, in a "

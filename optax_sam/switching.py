@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.axes import depends_on_member, noting_averages, vary, varying_axes
+from optax_sam.axes import differs_between_members, noting_averages, vary, varying_axes
 from optax_sam.convolution import canonicalized
 from optax_sam.transform import as_link, is_float
 
@@ -155,7 +155,7 @@ def _checked_index(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: 
         raise ValueError(f"index_fn must return a scalar; got an array of shape {index.shape}.")
     if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool):
         raise TypeError(f"index_fn must return an integer or a boolean; got dtype {index.dtype}.")
-    if depends_on_member(index_fn, step):
+    if differs_between_members(index, index_fn, step):
         raise ValueError(
             "index_fn must return the same on all members of a mapped axis; it differs between them. A gradient that "
             "communicates over the axis would wait for ever for members in another branch."

@@ -273,7 +273,7 @@ SAM = optax_sam.sam(0.1)
         (
             lambda: estimate(SAM, num_micro_batches=3),
             ValueError,
-            "batch_size=8 must be divisible by num_micro_batches=3",
+            "batch_size=8 must be divisible by devices × num_micro_batches = 1 × 3",
         ),
         (
             lambda: estimate(SAM, batch=BATCH | {"scale": jnp.ones([])}, num_micro_batches=2),

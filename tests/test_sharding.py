@@ -1,12 +1,14 @@
 """Sharded params: the numbers of one device, norms over all shards, and shardings kept."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from communication import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import assert_close
+from problems import assert_close, training_step
 
 import optax_sam
 
@@ -39,23 +41,16 @@ def make_params(width=WIDTH):
 BATCH = jax.random.normal(jax.random.key(1), (16, 3))
 
 
-def loss_fn(params, x):
-    return jnp.mean((jnp.tanh((x + params["bias"][None]) @ params["first"]) @ params["second"] - 1) ** 2)
+def loss_fn(params, x, out_sharding=None):
+    hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
+    return jnp.mean((jnp.dot(hidden, params["second"], out_sharding=out_sharding) - 1) ** 2)
 
 
-def training_step(tx):
-    grad_fn = jax.grad(loss_fn)
-
-    def step(params, state, batch):
-        updates, state = tx.update(grad_fn(params, batch), state, params, grad_fn=grad_fn, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    return step
+EXPLICIT_LOSS = functools.partial(loss_fn, out_sharding=PartitionSpec(None, None))
 
 
-def two_steps(tx, params, batch, state=None):
-    step = jax.jit(training_step(tx))
-    state = tx.init(params) if state is None else state
+def two_steps(tx, params, batch, loss_fn=loss_fn):
+    step, state = jax.jit(training_step(tx, loss_fn)), jax.jit(tx.init)(params)
     for _ in range(2):
         params, state = step(params, state, batch)
     return params, state
@@ -67,10 +62,11 @@ SPECS = {
     "fsdp": {"first": PartitionSpec(None, "data"), "bias": PartitionSpec(), "second": PartitionSpec("data")},
     "tensor parallel": {
         "first": PartitionSpec(None, "model"),
-        "bias": PartitionSpec(),
-        "second": PartitionSpec("model"),
+        "bias": PartitionSpec(None),
+        "second": PartitionSpec("model", None),
     },
 }
+SPEC = SPECS["tensor parallel"]
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -82,8 +78,7 @@ def test_jit_on_sharded_params_equals_one_device_and_keeps_shardings(kind, link)
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS[kind].items()}
     params = jax.device_put(make_params(), shardings)
     batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
-    state = jax.jit(tx.init, out_shardings=None)(params)
-    actual, state = two_steps(tx, params, batch, state)
+    actual, state = two_steps(tx, params, batch)
     assert_close(jax.device_get((actual, state)), expected)
     moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
     for tree in (actual, *moments):
@@ -93,33 +88,12 @@ def test_jit_on_sharded_params_equals_one_device_and_keeps_shardings(kind, link)
 
 @every_link
 def test_explicit_mesh_with_sharded_params_equals_one_device(link):
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Explicit,))
-    shardings = {
-        "first": PartitionSpec(None, "model"),
-        "bias": PartitionSpec(None),
-        "second": PartitionSpec("model", None),
-    }
-
-    def explicit_loss(params, x):
-        hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
-        outputs = jnp.dot(hidden, params["second"], out_sharding=PartitionSpec(None, None))
-        return jnp.mean((outputs - 1) ** 2)
-
     tx = optax.chain(link, optax.sgd(0.1))
     expected, _ = two_steps(tx, make_params(), BATCH)
-    grad_fn = jax.grad(explicit_loss)
-
-    @jax.jit
-    def step(params, state, batch):
-        updates, state = tx.update(grad_fn(params, batch), state, params, grad_fn=grad_fn, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    with jax.set_mesh(mesh):
-        params = jax.tree.map(jax.device_put, make_params(), shardings)
-        state = tx.init(params)
-        for _ in range(2):
-            params, state = step(params, state, jax.device_put(BATCH, PartitionSpec(None, None)))
-    assert {name: leaf.sharding.spec for name, leaf in params.items()} == shardings
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Explicit,))):
+        params = jax.tree.map(jax.device_put, make_params(), SPEC)
+        params, _ = two_steps(tx, params, jax.device_put(BATCH, PartitionSpec(None, None)), EXPLICIT_LOSS)
+    assert {name: leaf.sharding.spec for name, leaf in params.items()} == SPEC
     assert_close(jax.device_get(params), expected)
 
 
@@ -127,24 +101,10 @@ def test_explicit_mesh_with_sharded_params_equals_one_device(link):
 def test_memory_of_a_device_is_that_of_its_shard(axis_type):
     """Replicating the params anywhere would show: they are all but everything here."""
     width = 1 << 16
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(axis_type,))
-    shardings = {
-        "first": PartitionSpec(None, "model"),
-        "bias": PartitionSpec(None),
-        "second": PartitionSpec("model", None),
-    }
-
-    def sharded_loss(params, x):
-        hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
-        explicit = axis_type == AxisType.Explicit
-        outputs = jnp.dot(hidden, params["second"], out_sharding=PartitionSpec(None, None) if explicit else None)
-        return jnp.mean((outputs - 1) ** 2)
-
-    with jax.set_mesh(mesh):
-        params = jax.tree.map(
-            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), make_params(width), shardings
-        )
-        batch = jax.device_put(BATCH[:1], NamedSharding(mesh, PartitionSpec(None, None)))
+    sharded_loss = EXPLICIT_LOSS if axis_type == AxisType.Explicit else loss_fn
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("model",), axis_types=(axis_type,))):
+        params = jax.tree.map(jax.device_put, make_params(width), SPEC)
+        batch = jax.device_put(BATCH[:1], PartitionSpec(None, None))
         shard = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / DEVICES
         for link in LINKS.values():
             tx = optax.adam(0.1)
@@ -195,7 +155,6 @@ def expected_gradient(link, num_micro_batches=1):
     return estimator.value_and_grad(params, estimator.init(params), BATCH)[1]
 
 
-SPEC = {"first": PartitionSpec(None, "model"), "bias": PartitionSpec(), "second": PartitionSpec("model")}
 ACTIVE = {name: link for name, link in LINKS.items() if name != "late"} | {
     "late": optax_sam.late(optax_sam.stable_sam(RHO), 0)
 }

@@ -1,0 +1,71 @@
+"""Ways to run a function on eight devices: under a map with the axis "data", or under ``jax.jit`` on a sharded batch.
+
+A place runs ``function(*replicated, batch)`` with the batch spread over the devices, and returns what one of them does.
+"""
+
+import jax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import mlp_batch, mlp_loss, mlp_params, split
+
+DEVICES = 8
+RHO = 0.2
+PARAMS, BATCH = mlp_params(), mlp_batch(size=32)
+GRAD_FN = jax.grad(mlp_loss)
+
+
+def with_pmap(function, *replicated, batch=BATCH):
+    mapped = jax.pmap(function, axis_name="data", in_axes=(*[None] * len(replicated), 0))
+    return jax.tree.map(lambda x: x[0], mapped(*replicated, split(batch, DEVICES)))
+
+
+def with_vmap(function, *replicated, batch=BATCH):
+    mapped = jax.jit(jax.vmap(function, axis_name="data", in_axes=(*[None] * len(replicated), 0)))
+    return jax.tree.map(lambda x: x[0], mapped(*replicated, split(batch, DEVICES)))
+
+
+def with_shard_map(check_vma, axis_type=AxisType.Auto):
+    def run(function, *replicated, batch=BATCH):
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
+        data, everywhere = PartitionSpec("data"), PartitionSpec()
+        specs = (*[everywhere] * len(replicated), data)
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=check_vma)
+        with jax.set_mesh(mesh):
+            return jax.device_get(jax.jit(mapped)(*replicated, jax.device_put(batch, NamedSharding(mesh, data))))
+
+    return run
+
+
+def with_jit(axis_type):
+    def run(function, *replicated, batch=BATCH):
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
+        with jax.set_mesh(mesh):
+            replicated = jax.device_put(replicated, NamedSharding(mesh, PartitionSpec()))
+            batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+            return jax.device_get(jax.jit(function)(*replicated, batch))
+
+    return run
+
+
+MAPS = {
+    "pmap": with_pmap,
+    "vmap": with_vmap,
+    "shard_map": with_shard_map(check_vma=True),
+    "shard_map unchecked": with_shard_map(check_vma=False),
+    "shard_map explicit": with_shard_map(check_vma=True, axis_type=AxisType.Explicit),
+}
+PLACES = MAPS | {"jit": with_jit(AxisType.Auto), "jit explicit": with_jit(AxisType.Explicit)}
+every_map = pytest.mark.parametrize("run", MAPS.values(), ids=MAPS)
+
+
+def own(params):
+    """The params, marked as this member's own where shard_map would otherwise sum their gradient."""
+    checked = "data" in jax.typeof(jax.lax.axis_index("data")).mat.varying
+    return jax.lax.pcast(params, "data", to="varying") if checked else params
+
+
+def own_gradient(link):
+    """``link`` in the chain form, fed with this member's own gradient."""
+    return lambda params, state, batch: link.update(
+        GRAD_FN(own(params), batch), state, params, grad_fn=GRAD_FN, batch=batch
+    )
