@@ -1,14 +1,17 @@
 """What a training step costs: time, compilation, FLOPs and memory of every method and of what one would pick instead.
 
-    python benchmarks/step_cost.py                                    # all networks with SGD and AdamW: half an hour
-    python benchmarks/step_cost.py --network CNN --optimizer sgd      # one table
+    python benchmarks/step_cost.py --name step_cost                  # all networks with SGD and AdamW: half an hour
+    python benchmarks/step_cost.py --network CNN --optimizer sgd     # one table
 
 Every program is one jitted training step with donated state: gradient estimate, optimizer, update of the params. Times
-are medians over interleaved rounds, as ratios to the plain step of the same round.
+are medians over interleaved rounds, as ratios to the plain step of the same round. XLA counts the FLOPs of a loop's
+body once, so programs with a loop show none.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
+import itertools
 import json
 import pathlib
 import sys
@@ -55,7 +58,9 @@ METHODS = {
     for size in MICRO_BATCHES
     for strategy in STRATEGIES
 }
+METHODS["mSAM, M = 64, auto"] = (SAM, {"num_micro_batches": 64})
 METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]
+REWRITES = jax.default_backend() == "cpu"  # convolutions in loops and branches
 COLORS = {"optax_sam": "#0072b2", "peer": "#d55e00"}
 
 
@@ -88,16 +93,21 @@ def chain_step(task: networks.Task, optimizer: Any) -> tuple[Any, Callable[..., 
 
 
 class Program:
-    """A compiled training step with its state, and what XLA says of it."""
+    """A training step with its state, and what XLA says of it once it is compiled."""
 
     def __init__(self, state: Any, step: Callable[..., Any], batch: Any) -> None:
+        self.lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
+        self.state, self.batch = state, batch
+
+    def compile(self) -> "Program":
         start = time.perf_counter()
-        self.step = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        self.step = self.lowered.compile()
         self.facts = {"compile_seconds": time.perf_counter() - start}
         cost, memory = self.step.cost_analysis() or {}, self.step.memory_analysis()
         self.facts |= {"flops": cost.get("flops"), "bytes_accessed": cost.get("bytes accessed")}
+        self.facts |= {"has_loop": "while(" in (self.step.as_text() or "")}
         self.facts["temporary_bytes"] = getattr(memory, "temp_size_in_bytes", None)
-        self.state, self.batch = state, batch
+        return self
 
     def __call__(self) -> Any:
         self.state = self.step(self.state, self.batch)
@@ -113,20 +123,26 @@ def convolutions_as_traced() -> Iterator[None]:
 
 
 def programs(task: networks.Task, optimizer: str) -> Iterator[tuple[str, Program]]:
-    """Every method and peer, compiled."""
+    """Every method and peer, traced."""
     batch, tx = task.batch(), OPTIMIZERS[optimizer]
     for name, (link, options) in METHODS.items():
-        with convolutions_as_traced() if name.endswith(AS_TRACED) else contextlib.nullcontext():
+        as_traced = name.endswith(AS_TRACED)
+        if task.batch_shape[0] % options.get("num_micro_batches", 1) or (as_traced and not REWRITES):
+            continue
+        with convolutions_as_traced() if as_traced else contextlib.nullcontext():
             yield name, Program(*make_step(task, link, tx, **options), batch)
     yield "SAM, in an Optax chain", Program(*chain_step(task, tx), batch)
     for name, make in peers.PEERS.items():
         yield name, Program(*make(task, tx), batch)
 
 
-def measure(network: str, optimizer: str, precision: str, repeats: int) -> dict[str, dict[str, Any]]:
+def measure(network: str, optimizer: str, precision: str, repeats: int, workers: int) -> dict[str, dict[str, Any]]:
     """All rows of one table."""
     task = networks.tasks(PRECISIONS[precision])[network]
-    compiled = dict(tqdm.tqdm(programs(task, optimizer), desc=f"compiling {network}", disable=None, leave=False))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        traced = tqdm.tqdm(programs(task, optimizer), desc=f"compiling {network}", disable=None, leave=False)
+        pending = {name: pool.submit(program.compile) for name, program in traced}
+        compiled = {name: future.result() for name, future in pending.items()}
     functions: dict[str, Callable[[], Any]] = dict(compiled)
     if jax.default_backend() == "cpu" and precision == "float32":
         functions |= peers.torch_steps(network, task, optimizer)
@@ -145,19 +161,40 @@ def measure(network: str, optimizer: str, precision: str, repeats: int) -> dict[
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """One line per program, fit for 80 columns."""
-    lines = [f"{'':<34}{'ms':>8}{'× plain':>9}{'quartiles':>14}{'compile':>9}{'temp MB':>8}"]
+    lines = [f"{'':<31}{'ms':>8}{'× plain':>8}{'quartiles':>11}{'compile':>8}{'GFLOP':>7}{'MB':>7}"]
     for name, row in rows.items():
         low, high = row["quartiles"]
-        line = f"{name:<34}{row['milliseconds']:>8.2f}{row['ratio']:>9.2f}{f'{low:.2f}-{high:.2f}':>14}"
+        line = f"{name:<31}{row['milliseconds']:>8.2f}{row['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>11}"
         if "compile_seconds" in row:
-            line += f"{row['compile_seconds']:>7.1f} s{(row['temporary_bytes'] or 0) / 1e6:>8.1f}"
+            gigaflops = "" if row["has_loop"] or not row["flops"] else f"{row['flops'] / 1e9:.2f}"
+            line += f"{row['compile_seconds']:>6.1f} s{gigaflops:>7}{(row['temporary_bytes'] or 0) / 1e6:>7.1f}"
         elif "ratio_to_own_plain" in row:
             line += f"  {row['ratio_to_own_plain']:.2f} × own plain"
         lines.append(line)
     for size in MICRO_BATCHES:
-        ratios = {strategy: rows[f"mSAM, M = {size}, {strategy}"]["ratio"] for strategy in STRATEGIES}
-        best = min(ratios, key=ratios.__getitem__)
-        lines.append(f"auto at M = {size}: {ratios['auto'] / ratios[best]:.2f} × the best ({best})")
+        best, ratio = auto_to_best(rows, size)
+        lines.append(f"auto at M = {size}: {ratio:.2f} × the best ({best})")
+    return "\n".join(lines)
+
+
+def auto_to_best(rows: dict[str, dict[str, Any]], size: int) -> tuple[str, float]:
+    """The fastest strategy for M, and the time of auto relative to its."""
+    times = {strategy: rows[f"mSAM, M = {size}, {strategy}"]["milliseconds"] for strategy in STRATEGIES}
+    best = min(times, key=times.__getitem__)
+    return best, times["auto"] / times[best]
+
+
+def summary(tables: list[dict[str, Any]]) -> str:
+    """Time relative to the plain step, a Markdown table with one column per network and optimizer."""
+    columns = [entry for entry in tables if entry["precision"] == "float32"]
+    heads = [f"{entry['network']}, {entry['optimizer']}" for entry in columns]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in dict.fromkeys(name for entry in columns for name in entry["rows"]):
+        rows = [entry["rows"].get(name) for entry in columns]
+        cells = (
+            f"{row['milliseconds']:.0f} ms" if name == "plain" else f"{row['ratio']:.2f}" if row else "" for row in rows
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -201,21 +238,31 @@ def main() -> None:
     parser.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--name", help="results go to benchmarks/results/NAME.json and .png; default: step_cost")
+    parser.add_argument("--workers", type=int, default=1, help="programs compiled at the same time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no table that may end later")
+    parser.add_argument("--name", help="results go to benchmarks/results/NAME.json and .png")
     settings = parser.parse_args()
-    results = {"command": " ".join(["python", *sys.argv]), **timing.environment(), "tables": []}
+    results = {"command": " ".join(["python", *sys.argv]), **timing.environment(), "tables": [], "left_out": []}
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    for network in settings.network:
-        for optimizer in settings.optimizer:
-            for precision in settings.precision:
-                rows = measure(network, optimizer, precision, settings.repeats)
-                print(f"\n{network}, {optimizer}, {precision}\n{table(rows)}", flush=True)
-                entry = {"network": network, "optimizer": optimizer, "precision": precision, "rows": rows}
-                results["tables"].append(entry)
-                if settings.name:
-                    (folder / f"{settings.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    start, longest = time.perf_counter(), 0.0
+    for setting in itertools.product(settings.optimizer, settings.precision, settings.network):
+        begin = time.perf_counter()
+        if begin - start + longest > settings.seconds:
+            results["left_out"].append(setting)
+            continue
+        optimizer, precision, network = setting
+        rows = measure(network, optimizer, precision, settings.repeats, settings.workers)
+        longest = max(longest, time.perf_counter() - begin)
+        print(f"\n{network}, {optimizer}, {precision}\n{table(rows)}", flush=True)
+        results["tables"].append({"network": network, "optimizer": optimizer, "precision": precision, "rows": rows})
+        if settings.name:
+            (folder / f"{settings.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{summary(results['tables'])}")
+    for setting in results["left_out"]:
+        print(f"left out, as time was up: {', '.join(setting)}")
     if settings.name:
+        (folder / f"{settings.name}.json").write_text(json.dumps(results, indent=1) + "\n")
         draw(results["tables"]).savefig(folder / f"{settings.name}.png", dpi=130)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_sam.ascent import widen
@@ -82,8 +83,8 @@ def gradient_estimator(
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
         strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
-            one after another in straight-line code. ``"auto"``: scan, the fastest on CPUs, for convolutional and dense
-            networks alike (``benchmarks/control_flow.py``).
+            one after another in straight-line code. ``"auto"``: under ``jax.jit`` a loop over pairs, the best choice
+            on CPUs over dense, convolutional and attention networks (``benchmarks/step_cost.py``); else "unroll".
         axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the
             batch; results are averaged over it. Params and state are the same on every member.
 
@@ -256,28 +257,42 @@ def _mean_over_shards(
     """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""
     if num_shards == 1:
         return evaluate(0, args, kwargs)
-    batch = _split(args[0], num_shards)
+    indices = jnp.arange(num_shards)
+    shards = indices, _split(args[0], num_shards)
 
     def evaluate_shard(index, shard):
-        return evaluate(index, (shard, *args[1:]), kwargs)
+        return jax.tree.map(jnp.asarray, evaluate(index, (shard, *args[1:]), kwargs))
 
-    def evaluate_at(index):
-        select = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-        return evaluate_shard(index, jax.tree.map(select, batch))
+    def shard_at(index):
+        return jax.tree.map(lambda x: jax.lax.index_in_dim(x, index, keepdims=False), shards)
 
-    def add(index, total):
-        return jax.tree.map(lambda t, x: t + widen(x) if is_float(x) else t, total, evaluate_at(index))
+    def add(total, shard):
+        leaves = jax.tree.leaves(evaluate_shard(*shard))
+        total = [t + widen(x) if is_float(x) else None for t, x in zip(total, leaves, strict=True)]
+        return total, [None if is_float(x) else x for x in leaves]
 
     if strategy == "vmap":
-        return mean_of_stack(jax.vmap(evaluate_shard)(jnp.arange(num_shards), batch))
-    first = jax.tree.map(jnp.asarray, evaluate_at(0))
-    total = jax.tree.map(lambda x: widen(x) if is_float(x) else x, first)
-    if strategy == "unroll":
+        return mean_of_stack(jax.vmap(evaluate_shard)(*shards))
+    closed, shapes = jax.make_jaxpr(lambda: evaluate_shard(*shard_at(0)), return_shape=True)()
+    avals = closed.out_avals
+    total = [_wide_zeros(aval) if is_float(aval) else None for aval in avals]
+    pairs = 2 if isinstance(indices, Tracer) else num_shards  # without jit, a loop would be compiled in every call
+    unroll = {"scan": 1, "unroll": num_shards, "auto": pairs}[strategy]
+    if unroll == num_shards:
+        total, others = add(total, shard_at(0))
         for index in range(1, num_shards):
-            total = add(index, total)
+            total, _ = add(total, shard_at(index))
     else:
-        total = jax.lax.fori_loop(1, num_shards, canonicalized(add), total)
-    return jax.tree.map(lambda t, x: (t / num_shards).astype(x.dtype) if is_float(x) else t, total, first)
+        total, others = jax.lax.scan(canonicalized(add), total, shards, unroll=unroll)
+        others = [None if x is None else x[0] for x in others]
+    mean = [o if t is None else (t / num_shards).astype(a.dtype) for t, o, a in zip(total, others, avals, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), mean)
+
+
+def _wide_zeros(aval: Any) -> jax.Array:
+    """Zeros of the type of a traced array, in float32 or wider."""
+    zeros = jax.lax.full(aval.shape, 0, jnp.promote_types(aval.dtype, jnp.float32), sharding=aval.sharding)
+    return vary(zeros, aval.mat.varying)
 
 
 def _split(batch: Any, num_shards: int) -> Any:

@@ -51,12 +51,38 @@ def test_renormalization_costs_norms():
     assert 1 < flops < 1.03
 
 
-@pytest.mark.parametrize("num_micro_batches", [2, 8, 32])
+@pytest.mark.parametrize("num_micro_batches", [4, 8, 32])
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
-def test_memory_of_a_scan_does_not_grow_with_micro_batches(num_micro_batches, ascent_per):
-    here = temporary(SAM, num_micro_batches=num_micro_batches, ascent_per=ascent_per)
+@pytest.mark.parametrize("strategy", ["scan", "auto"])
+def test_memory_of_a_loop_does_not_grow_with_micro_batches(strategy, ascent_per, num_micro_batches):
+    options = {"strategy": strategy, "ascent_per": ascent_per}
+    here = temporary(SAM, num_micro_batches=num_micro_batches, **options)
     assert here <= temporary(PLAIN) + 3
-    assert here <= temporary(SAM, num_micro_batches=2, ascent_per=ascent_per)
+    assert here <= temporary(SAM, num_micro_batches=4, **options)
+
+
+@pytest.mark.parametrize("strategy", ["scan", "auto"])
+def test_program_of_a_loop_does_not_grow_with_micro_batches(strategy):
+    def num_instructions(num_micro_batches):
+        return compiled(SAM, strategy=strategy, num_micro_batches=num_micro_batches).as_text().count(" = ")
+
+    assert num_instructions(32) < 1.1 * num_instructions(4)
+
+
+def test_without_jit_a_second_call_compiles_nothing():
+    params, batch = {"w": jnp.ones(3)}, jnp.ones((4, 3))
+    function = optax_sam.value_and_grad(lambda w, x: jnp.mean((x @ w["w"]) ** 2), SAM, num_micro_batches=4)
+    events = []
+    listener = lambda event, duration, **details: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        function(params, batch)
+        assert any("backend_compile" in event for event in events)
+        events.clear()
+        function(params, batch)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert not any("backend_compile" in event for event in events)
 
 
 @pytest.mark.parametrize(
