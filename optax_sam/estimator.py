@@ -24,6 +24,7 @@ from optax_sam.sharding import axes_in, mesh_axes_of_examples, num_devices, on_e
 from optax_sam.transform import as_link, check_not_summed, check_positive_int, is_float
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
+PAIRED_BYTES = 1 << 22  # up to this size of params, two gradients at a time stay in the caches
 ASCENTS_PER = ("micro_batch", "device", "batch")
 
 
@@ -83,8 +84,8 @@ def gradient_estimator(
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
         strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
-            one after another in straight-line code. ``"auto"``: under ``jax.jit`` a loop over pairs, the best choice
-            on CPUs over dense, convolutional and attention networks (``benchmarks/step_cost.py``); else "unroll".
+            one after another in straight-line code. ``"auto"``: without ``jax.jit`` as "unroll"; under it as "scan", but
+            two at a time if the params are smaller than 4 MiB, which measured best (``benchmarks/step_cost.py``).
         axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the
             batch; results are averaged over it. Params and state are the same on every member.
 
@@ -276,8 +277,7 @@ def _mean_over_shards(
     closed, shapes = jax.make_jaxpr(lambda: evaluate_shard(*shard_at(0)), return_shape=True)()
     avals = closed.out_avals
     total = [_wide_zeros(aval) if is_float(aval) else None for aval in avals]
-    pairs = 2 if isinstance(indices, Tracer) else num_shards  # without jit, a loop would be compiled in every call
-    unroll = {"scan": 1, "unroll": num_shards, "auto": pairs}[strategy]
+    unroll = _at_a_time(strategy, num_shards, avals, is_traced=isinstance(indices, Tracer))
     if unroll == num_shards:
         total, others = add(total, shard_at(0))
         for index in range(1, num_shards):
@@ -287,6 +287,15 @@ def _mean_over_shards(
         others = [None if x is None else x[0] for x in others]
     mean = [o if t is None else (t / num_shards).astype(a.dtype) for t, o, a in zip(total, others, avals, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(shapes), mean)
+
+
+def _at_a_time(strategy: str, num_shards: int, avals: list[Any], is_traced: bool) -> int:
+    """How many micro-batches make one turn of the loop; with all of them there is none."""
+    if strategy == "scan":
+        return 1
+    if strategy == "unroll" or not is_traced:  # without jit, a loop would be compiled in every call
+        return num_shards
+    return 2 if sum(aval.size * aval.dtype.itemsize for aval in avals if is_float(aval)) <= PAIRED_BYTES else 1
 
 
 def _wide_zeros(aval: Any) -> jax.Array:
