@@ -84,8 +84,8 @@ def gradient_estimator(
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
         strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
-            one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``, and "scan" under it, but two
-            at a time if the params are smaller than 4 MiB, which measured best (``benchmarks/step_cost.py``).
+            one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``; under it "scan", two at a
+            time if the params are smaller than 4 MiB, which measured best (``benchmarks/step_cost.py``).
         axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the
             batch; results are averaged over it. Params and state are the same on every member.
 
