@@ -164,7 +164,7 @@ class _Estimate(NamedTuple):
                 arguments, keywords = _fold_keys((arguments, keywords), self._shard_number(index))
                 return evaluate(lambda params: self.loss_fn(params, *arguments, **keywords))
 
-            return _mean_over_shards(evaluate_one, args, kwargs, self.num_shards, self.strategy)
+            return mean_over_shards(evaluate_one, args, kwargs, self.num_shards, self.strategy)
 
         def over_devices(tree):
             return mean_over_axes(tree, self.axes) if self.axes else tree
@@ -252,7 +252,7 @@ def _gradient(loss: Callable[[Any], Any], has_aux: bool) -> Callable[[Any], Any]
     return (lambda params: gradient(params)[0]) if has_aux else gradient
 
 
-def _mean_over_shards(
+def mean_over_shards(
     evaluate: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict, num_shards: int, strategy: str
 ) -> Any:
     """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""
@@ -295,7 +295,8 @@ def _at_a_time(strategy: str, num_shards: int, avals: list[Any], is_traced: bool
         return 1
     if strategy == "unroll" or not is_traced:  # without jit, a loop would be compiled in every call
         return num_shards
-    return 2 if sum(aval.size * aval.dtype.itemsize for aval in avals if is_float(aval)) <= PAIRED_BYTES else 1
+    is_small = sum(aval.size * aval.dtype.itemsize for aval in avals if is_float(aval)) <= PAIRED_BYTES
+    return 2 if is_small and num_shards > 2 else 1
 
 
 def _wide_zeros(aval: Any) -> jax.Array:
