@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=list(networks.tasks()), default=list(networks.tasks()))
     parser.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"])
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--workers", type=int, default=1, help="programs compiled at the same time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no table that may end later")
     parser.add_argument("--name", help="results go to benchmarks/results/NAME.json and .png")

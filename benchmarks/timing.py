@@ -1,4 +1,4 @@
-"""Timing on noisy machines: warm-up, interleaved repeats, medians and ratios; and what stood under the numbers."""
+"""Timing on noisy machines: warm-up, repeats in random order, medians and ratios; and what stood under the numbers."""
 
 import os
 import platform
@@ -15,18 +15,27 @@ import tqdm
 import optax_sam
 
 SHORTEST = 0.1  # seconds of one measurement: quicker functions are called several times
+SLOW = 0.5  # seconds: up to here, what ran before is felt, so that a call goes ahead
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of a call, (repeats,) per function: all functions in turn, then all again, after calls to warm up."""
-    calls = {}
+    """Seconds of a call, (repeats,) per function: all of them in random order, then all again, after calls to warm up.
+
+    Medians of a fixed order would depend on the neighbour: one that leaves cold caches or unmapped memory costs the
+    next 10 %.
+    """
+    durations = {}
     for name, function in tqdm.tqdm(functions.items(), desc="warming up", disable=None, leave=False):
         jax.block_until_ready(function())
-        calls[name] = int(np.clip(SHORTEST / _seconds(function, 1), 1, 200))
+        durations[name] = _seconds(function, 1)
+    rng = np.random.default_rng(0)
     seconds = {name: [] for name in functions}
     for _ in tqdm.trange(repeats, desc="timing", disable=None, leave=False):
-        for name, function in functions.items():
-            seconds[name].append(_seconds(function, calls[name]))
+        for name in rng.permutation(list(functions)).tolist():
+            function, duration = functions[name], durations[name]
+            if duration < SLOW:
+                jax.block_until_ready(function())
+            seconds[name].append(_seconds(function, int(np.clip(SHORTEST / duration, 1, 200))))
     return {name: np.array(values) for name, values in seconds.items()}
 
 
