@@ -205,26 +205,44 @@ def norm_of(tree: Any, shards: Declared = ()) -> Norm:
     if not leaves:
         return Norm(unit=jnp.ones([], dtype), ratio=jnp.zeros([], dtype))
     leaves = [(leaf.astype(np.result_type(leaf.dtype, dtype)), axes) for leaf, axes in leaves]
-    # A scale for each leaf, and a division by the unit of all: what is cheap and depends on all leaves, XLA would
-    # repeat in the loop over each of them, and take minutes to compile a few hundred.
-    squares_by_axes = {}
+    leaves_by_axes = {}
     for leaf, axes in leaves:
-        squares_by_axes.setdefault(axes, []).append(_square_of(leaf))
-    groups = [(axes, *map(jnp.stack, zip(*pairs, strict=True))) for axes, pairs in squares_by_axes.items()]
-    units = [_over(jax.lax.pmax, jnp.max(units), axes) for axes, units, _ in groups]
-    unit = functools.reduce(jnp.maximum, units)
+        leaves_by_axes.setdefault(axes, []).append(leaf)
+    groups = [(axes, *_square_of(leaves)) for axes, leaves in leaves_by_axes.items()]
+    unit = functools.reduce(jnp.maximum, [_over(jax.lax.pmax, own, axes) for axes, own, _ in groups])
     unit = jnp.where(unit == 0, 1, unit)
-    sums = [_over(jax.lax.psum, jnp.sum(x * (units / unit) * (units / unit)), axes) for axes, units, x in groups]
+    sums = [_over(jax.lax.psum, square * (own / unit) * (own / unit), axes) for axes, own, square in groups]
     square = functools.reduce(jnp.add, sums)
     zero = square == 0
     return Norm(unit, ratio=jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))))
 
 
-def _square_of(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A unit, 0 for zeros and else a power of two, and the squared norm of the leaf in it, which does not overflow.
+def _square_of(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """A unit, 0 for zeros and else a power of two, and the squared norm of the leaves in it: it does not overflow."""
+    if jax.default_backend() != "cpu":  # a GPU waits for the host to branch: the longer way costs less
+        return _rescaled_square(leaves, jnp.zeros([]))
+    square = functools.reduce(jnp.add, map(_sum_of_squares, leaves))
+    large = 2.0 ** (jnp.finfo(square.dtype).maxexp // 2)
+    return jax.lax.cond((square > 1 / large) & (square < large), _given_square, _rescaled_square, leaves, square)
 
-    Nor does the square of the largest element underflow.
-    """
+
+def _given_square(leaves: list[jax.Array], square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del leaves
+    return jnp.ones_like(square), square
+
+
+def _rescaled_square(leaves: list[jax.Array], square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del square
+    # A scale for each leaf, and a division by the unit of all: what is cheap and depends on all leaves, XLA would
+    # repeat in the loop over each of them, and take minutes to compile a few hundred.
+    units, squares = map(jnp.stack, zip(*map(_rescaled_square_of_leaf, leaves), strict=True))
+    unit = jnp.max(units)
+    safe = jnp.where(unit == 0, 1, unit)
+    return unit, jnp.sum(squares * (units / safe) * (units / safe))
+
+
+def _rescaled_square_of_leaf(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A unit, 0 for zeros, and the squared norm of the leaf in it; that of the largest element does not underflow."""
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(leaf)))
     safe = 5 * jnp.finfo(peak.dtype).maxexp // 16
     is_small = (peak > 0) & (peak < 2.0**-safe)

@@ -44,7 +44,9 @@ def test_zero_gradient_gives_zero_and_finite_derivatives(make, dtype):
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
 @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-10, 1.0, 1e10, 1e30, 8e37])
-def test_length_is_rho_for_gradients_of_any_size(scale, jit):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_length_is_rho_for_gradients_of_any_size(monkeypatch, backend, scale, jit):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     grads = {"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])}
     epsilon = jit(lambda grads: climb(optax_sam.normalized_ascent(0.05), grads, grads))(grads)
     assert_close(epsilon, {"a": jnp.array([0.03, 0.0]), "b": jnp.array([[0.04]])})

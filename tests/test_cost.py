@@ -59,7 +59,7 @@ def test_memory_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy
     options = {"strategy": strategy, "ascent_per": ascent_per}
     here = temporary(SAM, num_micro_batches=num_micro_batches, **options)
     assert here <= temporary(PLAIN) + 3
-    assert here <= temporary(SAM, num_micro_batches=4, **options)
+    assert here <= 1.01 * temporary(SAM, num_micro_batches=4, **options)
 
 
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
