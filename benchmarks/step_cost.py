@@ -186,14 +186,19 @@ def auto_to_best(rows: dict[str, dict[str, Any]], size: int) -> tuple[str, float
 
 
 def summary(tables: list[dict[str, Any]]) -> str:
-    """Time relative to the plain step, a Markdown table with one column per network and optimizer."""
-    columns = [entry for entry in tables if entry["precision"] == "float32"]
-    heads = [f"{entry['network']}, {entry['optimizer']}" for entry in columns]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name in dict.fromkeys(name for entry in columns for name in entry["rows"]):
-        rows = [entry["rows"].get(name) for entry in columns]
+    """Time relative to the plain step in float32, a Markdown table: a column per network, a value per optimizer."""
+    tables = [entry for entry in tables if entry["precision"] == "float32"]
+    networks_, optimizers = (list(dict.fromkeys(entry[key] for entry in tables)) for key in ("network", "optimizer"))
+    rows_of = {(entry["network"], entry["optimizer"]): entry["rows"] for entry in tables}
+
+    def value(name, row):
+        return "–" if row is None else f"{row['milliseconds']:.0f} ms" if name == "plain" else f"{row['ratio']:.2f}"
+
+    lines = [f"| {' / '.join(optimizers)} | {' | '.join(networks_)} |", "|---" * (len(networks_) + 1) + "|"]
+    for name in dict.fromkeys(name for entry in tables for name in entry["rows"]):
         cells = (
-            f"{row['milliseconds']:.0f} ms" if name == "plain" else f"{row['ratio']:.2f}" if row else "" for row in rows
+            " / ".join(value(name, rows_of.get((network, optimizer), {}).get(name)) for optimizer in optimizers)
+            for network in networks_
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
