@@ -118,7 +118,10 @@ class Program:
 def convolutions_as_traced() -> Iterator[None]:
     """Without the rewriting of convolutions in loops and branches."""
     same = lambda function: function  # noqa: E731
-    with mock.patch("optax_sam.switching.canonicalized", same), mock.patch("optax_sam.estimator.canonicalized", same):
+    with (
+        mock.patch("optax_sam.switching.canonicalized", same),
+        mock.patch("optax_sam.micro_batches.canonicalized", same),
+    ):
         yield
 
 

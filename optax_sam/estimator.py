@@ -13,18 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_sam.ascent import widen
-from optax_sam.averaging import check_replicated, leading_size, mean_of_stack, mean_over_axes
+from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
 from optax_sam.axes import AxisNames, as_axes, check_mapped, vary
-from optax_sam.convolution import canonicalized
-from optax_sam.sharding import axes_in, mesh_axes_of_examples, num_devices, on_each_device
-from optax_sam.transform import as_link, check_not_summed, check_positive_int, is_float
+from optax_sam.micro_batches import STRATEGIES, check_divisible, mean_over_shards
+from optax_sam.sharding import mesh_axes_of_examples, num_devices, on_each_device
+from optax_sam.transform import as_link, check_int, check_not_summed
 
-STRATEGIES = ("auto", "vmap", "scan", "unroll")
-PAIRED_BYTES = 1 << 22  # up to this size of gradients, two at a time stay in the caches
 ASCENTS_PER = ("micro_batch", "device", "batch")
 
 
@@ -117,7 +112,7 @@ def gradient_estimator(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of params and a batch; got {loss_fn!r}.")
     link = as_link("link", link)
-    check_positive_int("num_micro_batches", num_micro_batches)
+    check_int("num_micro_batches", num_micro_batches)
     _check_choice("ascent_per", ascent_per, ASCENTS_PER)
     _check_choice("strategy", strategy, STRATEGIES)
     axes = () if axis_name is None else as_axes(axis_name)
@@ -182,7 +177,7 @@ class _Estimate(NamedTuple):
 
         if self.num_shards > 1 and self.axes:
             members = jax.lax.axis_size(self.axes)
-            _check_divisible((leading_size(batch=args[0]) or 0) * members, members, self.num_shards)
+            check_divisible((leading_size(batch=args[0]) or 0) * members, members, self.num_shards)
         if self.ascent_per == "micro_batch":
             return over_devices(over_shards(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
         if self.ascent_per == "device":
@@ -209,7 +204,7 @@ def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
             mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
             devices = num_devices(mesh, mesh_axes)
             if mesh_axes and num_shards % devices == 0 and not estimate.axes:
-                _check_divisible(leading_size(batch=args[0]) or 0, devices, num_shards // devices)
+                check_divisible(leading_size(batch=args[0]) or 0, devices, num_shards // devices)
                 own = estimate._replace(num_shards=num_shards // devices, axes=mesh_axes)
                 return on_each_device(own.run, mesh, mesh_axes)(params, state, args, kwargs)
         return estimate.run(params, state, args, kwargs)
@@ -255,89 +250,6 @@ def value_and_grad(
         return value, gradient
 
     return stateless
-
-
-def mean_over_shards(
-    evaluate: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict, num_shards: int, strategy: str
-) -> Any:
-    """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""
-    if num_shards == 1:
-        return evaluate(0, args, kwargs)
-    indices = jnp.arange(num_shards)
-    shards = indices, _split(args[0], num_shards)
-
-    def evaluate_shard(index, shard):
-        return jax.tree.map(jnp.asarray, evaluate(index, (shard, *args[1:]), kwargs))
-
-    def shard_at(index):
-        return jax.tree.map(lambda x: jax.lax.index_in_dim(x, index, keepdims=False), shards)
-
-    def add(total, shard):
-        leaves = jax.tree.leaves(evaluate_shard(*shard))
-        return [t + widen(x) if is_float(x) else t for t, x in zip(total, leaves, strict=True)]
-
-    if strategy == "vmap":
-        return mean_of_stack(jax.vmap(evaluate_shard)(*shards))
-    # Without jit, a loop would be compiled in every call.
-    is_loop = strategy == "scan" or (strategy == "auto" and isinstance(indices, Tracer))
-    leaves, structure = _types_of(lambda: evaluate_shard(*shard_at(0))) if is_loop else ([], None)
-    if is_loop and all(map(is_float, leaves)):
-        done, total = 0, [_wide_zeros(aval) for aval in leaves]
-    else:  # what is not float is that of the first
-        leaves, structure = jax.tree.flatten(evaluate_shard(*shard_at(0)))
-        done, total = 1, [widen(x) if is_float(x) else x for x in leaves]
-    if is_loop:
-        rest = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, done, num_shards), shards)
-        unroll = 1 if strategy == "scan" else _at_a_time(num_shards - done, leaves)
-        total, _ = jax.lax.scan(
-            canonicalized(lambda total, shard: (add(total, shard), None)), total, rest, unroll=unroll
-        )
-    else:
-        for index in range(1, num_shards):
-            total = add(total, shard_at(index))
-    mean = [(t / num_shards).astype(x.dtype) if is_float(x) else t for t, x in zip(total, leaves, strict=True)]
-    return jax.tree.unflatten(structure, mean)
-
-
-def _types_of(function: Callable[[], Any]) -> tuple[list[Any], Any]:
-    """The abstract values of what the function returns, and their structure."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
-    return closed.out_avals, jax.tree.structure(shapes)
-
-
-def _at_a_time(length: int, results: list[Any]) -> int:
-    """How many micro-batches make one turn of a loop over so many; all in one turn would be none."""
-    is_small = sum(x.size * x.dtype.itemsize for x in results if is_float(x)) <= PAIRED_BYTES
-    return 2 if is_small and length > 2 and length % 2 == 0 else 1
-
-
-def _wide_zeros(aval: Any) -> jax.Array:
-    """Zeros of the type of a traced array, in float32 or wider."""
-    dtype = aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32
-    return vary(jax.lax.full(aval.shape, 0, dtype, sharding=aval.sharding), aval.mat.varying)
-
-
-def _split(batch: Any, num_shards: int) -> Any:
-    """The batch with leaves (B, ...) reshaped to (num_shards, B / num_shards, ...)."""
-    leading_size(batch=batch)
-
-    def split(leaf):
-        leaf = jnp.asarray(leaf)
-        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-        _check_divisible(leaf.shape[0], num_devices(mesh, axes_in(spec[:1])), num_shards)
-        shape = num_shards, leaf.shape[0] // num_shards, *leaf.shape[1:]
-        sharding = NamedSharding(mesh, PartitionSpec(None, *spec)) if any(spec) else None
-        return jnp.reshape(leaf, shape, out_sharding=sharding)
-
-    return jax.tree.map(split, batch)
-
-
-def _check_divisible(batch_size: int, devices: int, num_micro_batches: int) -> None:
-    """Raises unless the batch makes ``num_micro_batches`` equal shards on, or spread over, each of the devices."""
-    if batch_size % (devices * num_micro_batches):
-        raise ValueError(
-            f"{batch_size=} must be divisible by devices × num_micro_batches = {devices} × {num_micro_batches}."
-        )
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:

@@ -80,7 +80,7 @@ def sharpness_aware(
         <https://arxiv.org/abs/2010.01412>`_, 2021
     """
     ascent = as_link("ascent", ascent)
-    check_positive_int("steps", steps)
+    check_int("steps", steps)
     if projection is not None and not callable(projection):
         raise TypeError(f"projection must be a function of the perturbation, or None; got {projection!r}.")
 
@@ -222,9 +222,9 @@ def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtra
     return optax.with_extra_args_support(transformation)
 
 
-def check_positive_int(name: str, value: Any) -> None:
-    """Raises unless value is an int ≥ 1."""
+def check_int(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless value is an int ≥ least."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int; got {name}={value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {name}={value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {name}={value}.")

@@ -10,8 +10,19 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, PartitionSpec
-from places import DEVICES, MAPS, PLACES, every_map, own
+from measuring import (
+    BATCH,
+    LINKS,
+    PARAMS,
+    RHO,
+    assert_measured,
+    chain_step,
+    estimator_step,
+    every_link,
+    flat,
+    mean_of_what_happens,
+    what_happens,
+)
 from problems import (
     GradientCounter,
     assert_close,
@@ -27,87 +38,6 @@ from problems import (
 
 import optax_sam
 from optax_sam import Measurements, measured, measurements
-
-RHO = 0.2
-PARAMS, BATCH = mlp_params(), mlp_batch(size=32)
-LINKS = {
-    "plain": optax.identity(),
-    "sam": optax_sam.sam(RHO),
-    "masked": optax_sam.sam(RHO, mask=lambda params: jax.tree.map(lambda w: jnp.ndim(w) > 1, params)),
-    "usam": optax_sam.usam(RHO),
-    "asam": optax_sam.asam(0.5),
-    "stable_sam": optax_sam.stable_sam(RHO),
-    "three steps": optax_sam.sharpness_aware(optax_sam.normalized_ascent(RHO), steps=3),
-    "scheduled": optax_sam.sam(optax.linear_schedule(RHO, 0.4, 4)),
-    "chain": optax.chain(optax_sam.sam(RHO), optax.clip_by_global_norm(0.1)),
-}
-every_link = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
-
-
-@functools.cache
-def observed(link, loss_fn):
-    """(params, batch) → g, s and the last point at which the plain link asks for a gradient, or the params."""
-    link = optax.with_extra_args_support(link)
-
-    @jax.jit
-    def observe(params, batch):
-        points = [params]
-
-        def grad_fn(point):
-            points.append(point)
-            return jax.grad(loss_fn)(point, batch)
-
-        clean = jax.grad(loss_fn)(params, batch)
-        outputs, _ = link.update(clean, link.init(params), params, grad_fn=grad_fn)
-        return clean, outputs, points[-1], [loss_fn(point, batch) for point in points]
-
-    return observe
-
-
-def what_happens(link, params=PARAMS, batch=BATCH, loss_fn=mlp_loss):
-    """The measurements of one update, in float64."""
-    clean, outputs, point, losses = observed(link, loss_fn)(params, batch)
-    g, s = flat(clean), flat(outputs)
-    lengths = np.linalg.norm(g), np.linalg.norm(flat(point) - flat(params)), np.linalg.norm(s)
-    return Measurements(*lengths, g @ s / lengths[0] / lengths[2], losses[0], losses[-1], active=len(losses) > 1)
-
-
-def mean_of_what_happens(link, num_micro_batches, params=PARAMS, batch=BATCH):
-    micro_batches = split(batch, num_micro_batches)
-    each = [
-        what_happens(link, params, jax.tree.map(lambda x, i=i: x[i], micro_batches)) for i in range(num_micro_batches)
-    ]
-    return jax.tree.map(lambda *values: sum(values) / num_micro_batches, *each)
-
-
-def assert_measured(actual, expected):
-    assert isinstance(actual, Measurements)
-    assert_close(actual, Measurements(*[jnp.float32(x) for x in expected]))
-
-
-def chain_step(link, loss_fn=mlp_loss, optimizer=None):
-    tx = optax.chain(link, optimizer or optax.sgd(0.1))
-
-    def step(params, state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(grads, state, params, value=loss, value_fn=loss_fn, batch=batch)
-        return optax.apply_updates(params, updates), state
-
-    return tx, step
-
-
-def estimator_step(link, loss_fn=mlp_loss, **options):
-    estimator = optax_sam.gradient_estimator(loss_fn, link, **options)
-
-    def step(params, state, batch):
-        _, grads, state = estimator.value_and_grad(params, state, batch)
-        return optax.apply_updates(params, optax.tree.scale(-0.1, grads)), state
-
-    return estimator, step
 
 
 def test_sam_on_a_quadratic_by_hand():
@@ -300,137 +230,6 @@ def test_line_searches_take_the_same_call():
 
 
 # Devices.
-
-
-@pytest.mark.parametrize("ascent_per", ["micro_batch", "device", "batch"])
-@every_map
-def test_estimator_on_devices_records_what_happens_on_one(run, ascent_per):
-    link, options = LINKS["stable_sam"], {"num_micro_batches": 2, "ascent_per": ascent_per, "axis_name": "data"}
-    estimator = optax_sam.gradient_estimator(mlp_loss, measured(link), **options)
-    _, _, state = run(estimator.value_and_grad, PARAMS, estimator.init(PARAMS))
-    ascents = {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}[ascent_per]
-    assert_measured(measurements(state), mean_of_what_happens(link, ascents))
-
-
-@pytest.mark.parametrize("place", ["jit", "jit explicit"])
-def test_estimator_on_a_mesh_records_what_happens_on_one_device(place):
-    estimator = optax_sam.gradient_estimator(mlp_loss, measured(LINKS["sam"]), num_micro_batches=2 * DEVICES)
-    _, _, state = PLACES[place](estimator.value_and_grad, PARAMS, estimator.init(PARAMS))
-    assert_measured(measurements(state), mean_of_what_happens(LINKS["sam"], 2 * DEVICES))
-
-
-@every_map
-def test_msam_in_a_chain_on_devices_records_what_happens_on_one(run):
-    plain, active = measured(optax.identity()), measured(LINKS["sam"])
-    link = optax_sam.micro_batched(optax_sam.switch_at({0: plain, 1: active}), "data")
-
-    def two_updates(params, state, batch):
-        loss, grads = jax.value_and_grad(mlp_loss)(own(params), batch)
-        extra_args = {"value": loss, "value_fn": mlp_loss, "batch": batch}
-        body = lambda state, _: (link.update(grads, state, params, **extra_args)[1], None)  # noqa: E731
-        return jax.lax.scan(body, state, length=2)[0]
-
-    state = run(two_updates, PARAMS, link.init(PARAMS))
-    assert_measured(measurements(state), mean_of_what_happens(LINKS["sam"], DEVICES))
-
-
-@every_map
-def test_synchronized_sam_in_a_chain_on_devices_records_what_happens_on_one(run):
-    link = measured(LINKS["sam"])
-
-    def value_and_grad_fn(params, batch):
-        return jax.lax.pmean(jax.value_and_grad(mlp_loss)(own(params), batch), "data")
-
-    def update(params, state, batch):
-        loss, grads = value_and_grad_fn(params, batch)
-        extra_args = {"value": loss, "value_and_grad_fn": value_and_grad_fn, "batch": batch}
-        return link.update(grads, state, params, **extra_args)[1]
-
-    assert_measured(measurements(run(update, PARAMS, link.init(PARAMS))), what_happens(LINKS["sam"]))
-
-
-def test_losses_that_are_not_averaged_as_the_gradient_is_are_refused():
-    link, grads = measured(LINKS["sam"]), jax.grad(mlp_loss)(PARAMS, BATCH)
-
-    def update(value_fn, extra_args, params, state, batch):
-        value = jnp.float32(1.0) if value_fn else mlp_loss(params, batch)
-        value_fn = value_fn or mlp_loss
-        return link.update(grads, state, params, value=value, value_fn=value_fn, batch=batch, **extra_args)[1]
-
-    for value_fn, extra_args, message in (
-        (None, {}, r"value varies over the mapped axis 'data' and the gradient does not.*pmean\(loss, 'data'\)"),
-        (mlp_loss, {}, "What value_fn returns varies over the mapped axis 'data' and its gradient does not"),
-        (mlp_loss, {"grad_fn": lambda params, batch: grads}, "what value_fn returns varies over the mapped axis"),
-        (
-            None,
-            {"value_and_grad_fn": jax.value_and_grad(mlp_loss)},
-            "value varies over the mapped axis",
-        ),
-        (
-            mlp_loss,
-            {"value_and_grad_fn": jax.value_and_grad(mlp_loss)},
-            "What value_and_grad_fn returns varies over the mapped axis",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            MAPS["shard_map"](functools.partial(update, value_fn, extra_args), PARAMS, link.init(PARAMS))
-
-
-SHARDED_PARAMS = {"first": jnp.arange(24.0).reshape(3, 8) / 24, "bias": jnp.full(3, 0.1, jnp.float32)}
-SPEC = {"first": PartitionSpec(None, "model"), "bias": PartitionSpec()}
-INPUTS = jax.random.normal(jax.random.key(1), (16, 3))
-
-
-def sharded_loss(params, x, total=lambda x: x):
-    return jnp.mean((total(jnp.sum(jnp.tanh((x + params["bias"][None]) @ params["first"]), 1)) - 1) ** 2)
-
-
-@pytest.mark.parametrize("switched", [False, True])
-@pytest.mark.parametrize("name", ["plain", "sam", "stable_sam"])
-def test_sharded_params_record_what_happens_on_one_device(name, switched):
-    link = measured(LINKS[name])
-    link = optax_sam.switch_at({0: measured(optax.identity()), 1: link}) if switched else link
-    partial_loss = functools.partial(sharded_loss, total=lambda x: jax.lax.psum(x, "model"))
-    estimator = optax_sam.gradient_estimator(partial_loss, optax_sam.sharded(link, "model"))
-
-    def two_updates(params, x):
-        body = lambda state, _: (estimator.value_and_grad(params, state, x)[2], None)  # noqa: E731
-        return jax.lax.scan(body, estimator.init(params), length=2)[0]
-
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(two_updates, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
-    actual = measurements(jax.jit(mapped)(SHARDED_PARAMS, INPUTS))
-    assert_measured(actual, what_happens(LINKS[name], SHARDED_PARAMS, INPUTS, sharded_loss))
-
-
-def test_norms_with_a_mask_where_nothing_is_known():
-    loss_fn = lambda params, _: sum(jnp.sum(leaf**4) for leaf in jax.tree.leaves(params))  # noqa: E731
-    link = optax_sam.sharded(measured(LINKS["sam"]), "model", mask={"first": True, "bias": False})
-
-    def member(params):
-        loss, grads = jax.value_and_grad(loss_fn)(params, None)
-        value_fn = functools.partial(loss_fn, _=None)
-        return measurements(link.update(grads, link.init(params), params, value=loss, value_fn=value_fn)[1])
-
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC,), out_specs=PartitionSpec(), check_vma=False)
-    expected = what_happens(LINKS["sam"], SHARDED_PARAMS, None, loss_fn)
-    for name in ("clean_norm", "perturbation_norm", "sam_norm", "cosine"):
-        assert_close(getattr(jax.jit(mapped)(SHARDED_PARAMS), name), jnp.float32(getattr(expected, name)))
-
-
-def test_shards_that_nobody_declared_are_refused():
-    estimator = optax_sam.gradient_estimator(
-        functools.partial(sharded_loss, total=lambda x: jax.lax.psum(x, "model")), measured(optax.identity())
-    )
-    update = lambda params, x: estimator.value_and_grad(params, estimator.init(params), x)[2]  # noqa: E731
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(update, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
-    with pytest.raises(ValueError, match=r"params vary over the mapped axis 'model'.*`sharded\(link, 'model'\)`"):
-        jax.jit(mapped)(SHARDED_PARAMS, INPUTS)
-
-
-# Switches.
 
 
 @pytest.mark.parametrize("make", [chain_step, estimator_step], ids=["chain", "estimator"])

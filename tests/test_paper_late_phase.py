@@ -71,7 +71,7 @@ def test_momentum_restarts_and_the_schedule_goes_on():
     np.testing.assert_allclose(carried, sgd, rtol=1e-6)
     np.testing.assert_allclose(restarted[:6], sgd[:6], rtol=1e-6)
     np.testing.assert_allclose(restarted[6], -rates[6] * gradient, rtol=1e-6)
-    np.testing.assert_allclose(restarted[7], -rates[7] * gradient * (1 + late_phase.MOMENTUM), rtol=1e-6)
+    np.testing.assert_allclose(restarted[7], -rates[7] * gradient * (1 + training.MOMENTUM), rtol=1e-6)
 
 
 def test_adversarial_link():

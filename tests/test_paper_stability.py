@@ -19,7 +19,7 @@ from benchmarks.papers import stability_toys as toys
     ],
 )
 def test_first_step_on_the_saddle(link, expected):
-    path = toys.descend(toys.saddle, toys.SADDLE_START, link, optax.sgd(toys.SADDLE_RATE), 1)
+    path = toys.path_from(toys.SADDLE_START, toys.saddle, link, optax.sgd(toys.SADDLE_RATE), 1)
     np.testing.assert_allclose(path[1], expected, atol=1e-10)
 
 
@@ -28,7 +28,7 @@ def test_first_step_on_the_saddle(link, expected):
     [(optax.identity(), (0.997859375, 1.996525)), (optax_sam.sam(0.5), (0.9924245230, 1.9878129849))],
 )
 def test_first_step_on_beale(link, expected):
-    path = toys.descend(toys.beale, toys.BEALE_START, link, optax.sgd(toys.BEALE_RATE), 1)
+    path = toys.path_from(toys.BEALE_START, toys.beale, link, optax.sgd(toys.BEALE_RATE), 1)
     np.testing.assert_allclose(path[1], expected, atol=1e-10)
 
 

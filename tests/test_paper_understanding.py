@@ -26,10 +26,6 @@ def test_switched_runs_end_where_the_authors_do():
     np.testing.assert_allclose(late[first_half], plain[first_half], rtol=1e-10)
 
 
-def test_divergence_is_none():
-    assert toys.finite([1.0, np.nan, np.inf]) == [1.0, None, None]
-
-
 def network_of(knots, changes):
     """ReLUs that switch at the knots, half of them to the left, with these changes of slope."""
     signs = np.where(np.arange(len(knots)) % 2, -1.0, 1.0)

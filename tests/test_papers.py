@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from benchmarks.papers.__main__ import PAPERS, table
-from benchmarks.papers.reproduction import Reproduction, interval, joint_verdict, paired_verdict, spread
+from benchmarks.papers.reproduction import Reproduction, finite, interval, joint_verdict, paired_verdict, spread
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -49,6 +49,11 @@ def test_verdicts_follow_the_interval_over_seeds():
     assert joint_verdict(["undecided", "holds"]) == "undecided"
     assert joint_verdict(["holds", "undecided", "does not hold"]) == "does not hold"
     assert spread([1.0, 2.0, 3.0], digits=1, scale=10) == "20.0 ± 10.0"
+
+
+def test_what_is_not_finite_is_none_in_json():
+    tree = {"a": [1.0, float("nan"), {"b": (float("inf"), 2)}], "c": "text"}
+    assert finite(tree) == {"a": [1.0, None, {"b": [None, 2]}], "c": "text"}
 
 
 def test_parts_are_computed_once(tmp_path, monkeypatch):

@@ -32,37 +32,36 @@ from benchmarks.papers import training
 from benchmarks.papers.reproduction import Reproduction
 from examples import datasets, models
 
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING, RHO = 0.1, 0.9, 1e-4, 0.1, 0.1
+LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, RHO = 0.1, 1e-4, 0.1, 0.1
 BATCH_SIZE = 128
 IMAGES, EPOCHS, SEEDS = 5_000, 24, 3
-OPTIMIZER = {"learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+OPTIMIZER = {"learning_rate": LEARNING_RATE, "momentum": training.MOMENTUM, "weight_decay": WEIGHT_DECAY}
 SWITCHES, EARLY, MAIN = (0.5, 0.75, 0.9), (0.5, 0.75), 0.75  # fractions of the run; SGD → SAM, SAM → SGD, in detail
 POSITIONS, LINE_H = np.linspace(-0.2, 1.2, 15), 0.1
 RADIUS, PGD_STEPS, ATTACK_STEPS = 0.3, 3, 10  # in standard deviations of the pixels; in training, in evaluation
 DIGITS_EPOCHS, DIGITS_SEEDS = (24, 48, 96), 5
 
 
-def decayed(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay behind the link."""
-    return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(learning_rate, MOMENTUM))
-
-
 def methods(task: training.Task, smoke: bool) -> dict[str, tuple[Any, Any, float]]:
     """By name: link, optimizer, and gradients for each step by the formula of the paper."""
     steps = task.epochs * task.steps_per_epoch()
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-    sam, sgd = optax_sam.sam(RHO), decayed(schedule)
+    sam, sgd = optax_sam.sam(RHO), training.sgd(schedule, WEIGHT_DECAY)
     found = {"sgd": (optax.identity(), sgd, 1.0), "sam": (sam, sgd, 2.0)}
     for fraction in SWITCHES if not smoke else (MAIN,):
-        found[f"late-{fraction}"] = optax_sam.late(sam, round(fraction * steps)), sgd, 2 - fraction
+        start = round(fraction * steps)
+        found[f"late-{fraction}"] = optax_sam.late(sam, start), sgd, 2 - fraction
+        found[f"restarted-{fraction}"] = restarted(sam, schedule, start), optax.identity(), 2 - fraction
     for fraction in EARLY if not smoke else (MAIN,):
         link = optax_sam.switch_at({0: sam, round(fraction * steps): optax.identity()})
         found[f"early-{fraction}"] = link, sgd, 1 + fraction
-    start = round(MAIN * steps)
-    shifted = decayed(lambda step: schedule(step + start))
-    phases = {0: sgd, start: optax.chain(sam, shifted)}
-    found[f"restarted-{MAIN}"] = optax_sam.switch_at(phases), optax.identity(), 2 - MAIN
     return found
+
+
+def restarted(link: Any, schedule: optax.Schedule, start: int) -> optax.GradientTransformation:
+    """SGD, from step ``start`` on behind the link and with new momentum."""
+    shifted = training.sgd(lambda step: schedule(step + start), WEIGHT_DECAY)
+    return optax_sam.switch_at({0: training.sgd(schedule, WEIGHT_DECAY), start: optax.chain(link, shifted)})
 
 
 def executed_gradients(link: optax.GradientTransformation, steps: int) -> float:
@@ -99,7 +98,7 @@ def run_network(reproduction: Reproduction, task: training.Task, seeds: int) -> 
             results[name]["seeds"] = []
             for seed in range(seeds):
                 run = training.Run(f"{name}-{seed}", link, optimizer, seed)
-                measure = functools.partial(measured, trainer, run, bar)
+                measure = functools.partial(trainer.outcome, run, bar)
                 results[name]["seeds"].append(reproduction.part(f"network-{run.name}", settings, measure))
     pair = {name: table[name][:2] for name in (f"late-{MAIN}", "sgd")}
     along = {**settings, "h": LINE_H, "switch": MAIN}
@@ -108,13 +107,6 @@ def run_network(reproduction: Reproduction, task: training.Task, seeds: int) -> 
         for seed in range(seeds)
     ]
     return {"settings": settings, "methods": results, "lines": lines}
-
-
-def measured(trainer: training.Trainer, run: training.Run, bar: Any) -> dict[str, Any]:
-    """Trains, and says what came out."""
-    params, history = trainer.train(run, bar)
-    accuracy, eigenvalue = history["test_accuracy"][-1], trainer.largest_eigenvalue(params)
-    return {"test_accuracy": accuracy, "eigenvalue": eigenvalue, "history": history}
 
 
 def line_between(trainer: training.Trainer, pair: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -196,7 +188,8 @@ def run_adversarial(reproduction: Reproduction, data: datasets.Dataset) -> dict[
 def adversarial_methods(task: training.Task) -> dict[str, tuple[Any, Any]]:
     """Link and optimizer."""
     steps = task.epochs * task.steps_per_epoch()
-    attack, sgd = adversarial(task.loss_fn, PGD_STEPS), decayed(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+    attack = adversarial(task.loss_fn, PGD_STEPS)
+    sgd = training.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), WEIGHT_DECAY)
     links = {"plain": optax.identity(), "late-adversarial": optax_sam.late(attack, round(MAIN * steps))}
     return {name: (link, sgd) for name, link in (links | {"adversarial": attack}).items()}
 

@@ -266,8 +266,8 @@ def _draw_switches(axis: Axes, methods: dict[str, Any], quantity: str) -> None:
     values = {name: np.array([seed[quantity] for seed in method["seeds"]]) for name, method in methods.items()}
     if is_accuracy:
         values = {name: 100 * value for name, value in values.items()}
-    at = {"late": {0.0: values["sam"], 1.0: values["sgd"]}, "early": {0.0: values["sgd"], 1.0: values["sam"]}}
-    at["restarted"] = {}
+    at = {kind: {0.0: values["sam"], 1.0: values["sgd"]} for kind in ("late", "restarted")}
+    at["early"] = {0.0: values["sgd"], 1.0: values["sam"]}
     for name, value in values.items():
         kind, _, fraction = name.partition("-")
         if fraction:
@@ -278,10 +278,7 @@ def _draw_switches(axis: Axes, methods: dict[str, Any], quantity: str) -> None:
         fractions = np.array(sorted(at[kind]))
         points = np.stack([at[kind][fraction] for fraction in fractions.tolist()])
         x = fractions + 0.012 * (shift - 1)
-        line = "none" if kind == "restarted" else "-"
-        axis.errorbar(
-            x, points.mean(axis=1), _deviation(points), color=color, marker="o", capsize=3, linestyle=line, label=label
-        )
+        axis.errorbar(x, points.mean(axis=1), _deviation(points), color=color, marker="o", capsize=3, label=label)
     number = f"{len(values['sgd'])} seeds, mean ± sd"
     axis.set(title=f"CIFAR-10 subset, {number}", xlabel="step of the switch / T")
     axis.set_ylabel("test accuracy (%)" if is_accuracy else "largest Hessian eigenvalue")

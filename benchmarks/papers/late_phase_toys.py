@@ -11,6 +11,8 @@ import tqdm
 
 import optax_sam
 from benchmarks.papers import training
+from benchmarks.papers.descent import descend
+from benchmarks.papers.reproduction import rounded
 from examples import datasets, models
 
 VALLEY_RATE, VALLEY_RHO, VALLEY_START, VALLEY_SWITCH, VALLEY_STEPS = 0.4, 0.2, (2.0, 1e-3), 10, 60
@@ -22,18 +24,9 @@ def valley(point: jax.Array) -> jax.Array:
     return 0.5 * (point[0] * point[1]) ** 2
 
 
-def descend(link: optax.GradientTransformation, start: Any, steps: int) -> jax.Array:
+def descend_valley(link: optax.GradientTransformation, start: Any, steps: int) -> jax.Array:
     """The path in the valley, (steps + 1, 2), of gradient descent behind the link."""
-    tx, grad_fn = optax.chain(link, optax.sgd(VALLEY_RATE)), jax.grad(valley)
-
-    def step(carry: Any, _: None) -> tuple[Any, Any]:
-        point, state = carry
-        updates, state = tx.update(grad_fn(point), state, point, grad_fn=grad_fn)
-        return (optax.apply_updates(point, updates), state), point
-
-    start = jnp.asarray(start)
-    (end, _), path = jax.lax.scan(step, (start, tx.init(start)), length=steps)
-    return jnp.concatenate([path, end[None]])
+    return descend(valley, start, link, optax.sgd(VALLEY_RATE), steps)
 
 
 def usam_factor(sharpness: Any, rho: float = VALLEY_RHO) -> Any:
@@ -45,7 +38,7 @@ def largest_stable(link: optax.GradientTransformation) -> float:
     """The largest u, to 1e-4, from which a small v shrinks."""
     u = np.linspace(1.5, 2.5, 10_001)
     starts = np.stack([u, np.full_like(u, 1e-9)], axis=1)
-    paths = jax.vmap(lambda start: descend(link, start, 10))(starts)
+    paths = jax.vmap(lambda start: descend_valley(link, start, 10))(starts)
     return float(u[np.abs(paths[:, -1, 1]) < np.abs(paths[:, 0, 1])].max())
 
 
@@ -59,10 +52,12 @@ def run_valley() -> dict[str, Any]:
         "late SAM": optax_sam.late(optax_sam.sam(VALLEY_RHO), VALLEY_SWITCH),
     }
     with jax.enable_x64(True):
-        paths = {name: np.asarray(descend(link, VALLEY_START, VALLEY_STEPS)) for name, link in links.items()}
+        paths = {name: np.asarray(descend_valley(link, VALLEY_START, VALLEY_STEPS)) for name, link in links.items()}
         limits = {name: largest_stable(links[name]) for name in ("GD", "USAM")}
         u = np.linspace(1.76, 2.23, 200)
-        ends = jax.vmap(lambda start: descend(usam, start, 2_000)[-1])(np.stack([u, np.full_like(u, 1e-3)], axis=1))
+        ends = jax.vmap(lambda start: descend_valley(usam, start, 2_000)[-1])(
+            np.stack([u, np.full_like(u, 1e-3)], axis=1)
+        )
     late = paths["late USAM"]
     ratios = np.abs(late[1:, 1] / late[:-1, 1])
     line = np.linspace(late[VALLEY_SWITCH], late[-1], 101)
@@ -162,7 +157,7 @@ def escape_statistics(losses: np.ndarray, sizes: Escape) -> dict[str, Any]:
     curves |= {name: np.quantile(window, q, axis=0) for name, q in (("low", 0.05), ("high", 0.95))}
     return {
         "steps": [sizes.every * (index - min(switch, 25)) for index in range(window.shape[1])],
-        "curves": {name: [float(f"{x:.4g}") for x in curve] for name, curve in curves.items()},
+        "curves": {name: rounded(curve, digits=4) for name, curve in curves.items()},
         "at_switch": losses[:, switch].tolist(),
         "peak": losses[:, switch + 1 :].max(axis=1).tolist(),
         "end": losses[:, -1].tolist(),

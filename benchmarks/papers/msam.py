@@ -78,18 +78,11 @@ def train(
             for name, (link, num_micro_batches) in methods.items():
                 run = training.Run(f"{name}, seed {seed}", link, optimizer, seed, num_micro_batches)
                 measured = reproduction.part(
-                    f"{trainer.folder.name}, {run.name}", settings, functools.partial(outcome, trainer, run, bar)
+                    f"{trainer.folder.name}, {run.name}", settings, functools.partial(trainer.outcome, run, bar)
                 )
                 for key, value in measured.items():
                     results[name].setdefault(key, []).append(value)
     return results
-
-
-def outcome(trainer: training.Trainer, run: training.Run, bar: tqdm.tqdm) -> dict[str, float]:
-    """Trains, and says what came out."""
-    params, history = trainer.train(run, bar)
-    scores = {key: history[key][-1] for key in ("test_accuracy", "train_loss")}
-    return {**scores, "eigenvalue": trainer.largest_eigenvalue(params)}
 
 
 def step_times(

@@ -75,6 +75,11 @@ def finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
+def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
+    """To so many digits, for JSON."""
+    return np.array([float(f"{x:.{digits}g}") for x in values.ravel()]).reshape(values.shape).tolist()
+
+
 class Reproduction:
     """The reproduction of one paper: its options, the folder where a run that is stopped goes on, its results.
 

@@ -11,7 +11,7 @@ saddle, with gradient noise of covariance |H|/B, against the paper's formula
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ import tqdm
 from matplotlib.axes import Axes
 
 import optax_sam
-from benchmarks.papers.reproduction import Claim, verdict
+from benchmarks.papers.descent import descend
+from benchmarks.papers.reproduction import Claim, rounded, verdict
 from examples.report import COLORS
 
 SADDLE_START, SADDLE_RATE, SADDLE_STEPS = (-3.0, -0.01), 0.01, 500
@@ -73,26 +74,10 @@ def beale(w: Any) -> Any:
     return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
-def descend(
-    loss_fn: Callable[[jax.Array], jax.Array],
-    start: Sequence[float],
-    link: optax.GradientTransformation,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-) -> np.ndarray:
-    """The path of params in float64, (steps + 1, number of params)."""
-    tx, gradient = optax.chain(link, optimizer), jax.grad(loss_fn)
-
-    def step(carry, _):
-        w, state = carry
-        updates, state = tx.update(gradient(w), state, w, grad_fn=gradient)
-        w = optax.apply_updates(w, updates)
-        return (w, state), w
-
+def path_from(start: Sequence[float], loss_fn: Any, *args: Any) -> np.ndarray:
+    """The path of ``descend(loss_fn, start, *args)`` in float64."""
     with jax.enable_x64(True):
-        w = jnp.array(start, jnp.float64)
-        _, path = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((w, tx.init(w)))
-        return np.concatenate([w[None], path])
+        return np.asarray(jax.jit(lambda w: descend(loss_fn, w, *args))(jnp.array(start, jnp.float64)))
 
 
 def kept(steps: int) -> np.ndarray:
@@ -100,21 +85,16 @@ def kept(steps: int) -> np.ndarray:
     return np.unique(np.geomspace(1, steps + 1, 150).astype(int)) - 1
 
 
-def rounded(values: np.ndarray) -> list[Any]:
-    """To five digits, for JSON."""
-    return np.array([float(f"{x:.5g}") for x in values.ravel()]).reshape(values.shape).tolist()
-
-
 def saddle_paths() -> dict[str, Any]:
     """Paths on x² − y², and by which factor a step of USAM stretches y, for a range of rho."""
     optimizer = optax.sgd(SADDLE_RATE)
     results: dict[str, Any] = {"paths": {}, "final_y": {}, "rhos": np.linspace(0.3, 0.7, 9).round(3).tolist()}
     for name, link in SADDLE_LINKS.items():
-        path = descend(saddle, SADDLE_START, link, optimizer, SADDLE_STEPS)
+        path = path_from(SADDLE_START, saddle, link, optimizer, SADDLE_STEPS)
         results["paths"][name] = rounded(path[kept(SADDLE_STEPS)])
         results["final_y"][name] = float(np.abs(path[-1, 1]))
     ends = [
-        descend(saddle, SADDLE_START, optax_sam.usam(rho), optimizer, SADDLE_STEPS)[-1, 1] for rho in results["rhos"]
+        path_from(SADDLE_START, saddle, optax_sam.usam(rho), optimizer, SADDLE_STEPS)[-1, 1] for rho in results["rhos"]
     ]
     factors = (np.array(ends) / SADDLE_START[1]) ** (1 / SADDLE_STEPS)
     results["critical_rho"] = float(np.interp(-1, -factors, results["rhos"]))
@@ -125,7 +105,7 @@ def beale_paths() -> dict[str, Any]:
     """Paths on Beale's function; the distance to the saddle at the end, and the largest of the last tenth."""
     results: dict[str, Any] = {}
     for name, (link, momentum) in BEALE_RUNS.items():
-        path = descend(beale, BEALE_START, link, optax.sgd(BEALE_RATE, momentum), BEALE_STEPS)
+        path = path_from(BEALE_START, beale, link, optax.sgd(BEALE_RATE, momentum), BEALE_STEPS)
         distances = np.linalg.norm(path - BEALE_SADDLE, axis=1)
         results[name] = {
             "path": rounded(path[kept(BEALE_STEPS)]),

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 import optax_sam
 from benchmarks.papers import training
+from benchmarks.papers.descent import descend
 from benchmarks.papers.reproduction import (
     UNDECIDED,
     Claim,
@@ -57,22 +58,12 @@ Results = dict[str, dict[str, dict[str, list[float]]]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def final_distance(link: optax.GradientTransformationExtraArgs, learning_rate: jax.Array) -> jax.Array:
+def final_distance(link: optax.GradientTransformation, learning_rate: jax.Array) -> jax.Array:
     """‖w‖ / ‖w₀‖ after gradient descent with the link on L(w) = ½ Σ λᵢ wᵢ²."""
-    curvatures = jnp.array(CURVATURES)
-
-    def gradient(w: Any) -> jax.Array:
-        return curvatures * w
-
-    def step(carry, _):
-        w, state = carry
-        s: Any
-        s, state = link.update(gradient(w), state, w, grad_fn=gradient)
-        return (w - learning_rate * s, state), None
-
-    start = jnp.ones(2)
-    (w, _), _ = jax.lax.scan(step, (start, link.init(start)), length=QUADRATIC_STEPS)
-    return jnp.linalg.norm(w) / jnp.linalg.norm(start)
+    path = descend(
+        lambda w: jnp.array(CURVATURES) @ w**2 / 2, jnp.ones(2), link, optax.sgd(learning_rate), QUADRATIC_STEPS
+    )
+    return jnp.linalg.norm(path[-1]) / jnp.linalg.norm(path[0])
 
 
 def quadratic() -> dict[str, Any]:
@@ -81,7 +72,6 @@ def quadratic() -> dict[str, Any]:
     distances, limits = {}, {}
     with jax.enable_x64(True):
         for name, link in QUADRATIC_LINKS.items():
-            link = optax.with_extra_args_support(link)
             distances[name] = [float(final_distance(link, rate)) for rate in rates]
             limits[name] = float(rates[np.array(distances[name]) < CONVERGED][-1])
     return {"learning_rates": rates.tolist(), "distances": distances, "limits": limits}

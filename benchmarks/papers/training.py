@@ -197,6 +197,12 @@ class Trainer:
         loss, correct = (np.sum(jax.device_get(sums), axis=0) / len(images)).tolist()
         return loss, correct
 
+    def outcome(self, run: Run, bar: tqdm.tqdm | None = None) -> dict[str, float]:
+        """Trains, and says what came out: accuracy, loss and sharpness at the end."""
+        params, history = self.train(run, bar)
+        scores = {key: history[key][-1] for key in ("test_accuracy", "train_loss")}
+        return {**scores, "eigenvalue": self.largest_eigenvalue(params)}
+
     def hessian_batches(self) -> list[tuple[jax.Array, jax.Array]]:
         """The first examples of the training set, as they are, for measures of sharpness."""
         images, labels = self.images[: self.hessian_examples], self.labels[: self.hessian_examples]
@@ -235,4 +241,9 @@ def decayed_sgd(
     """SGD with momentum and weight decay behind the link, and the cosine schedule of a whole run."""
     steps = (epochs or task.epochs) * task.steps_per_epoch()
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(schedule, MOMENTUM))
+    return sgd(schedule, WEIGHT_DECAY)
+
+
+def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
+    """SGD with momentum and weight decay behind the link."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, MOMENTUM))

@@ -10,6 +10,7 @@ import optax
 import tqdm
 
 import optax_sam
+from benchmarks.papers.reproduction import finite
 
 # The diagonal linear network: β = u ⊙ v from few examples of a sparse β.
 EXAMPLES, TEST_EXAMPLES, DIMENSION, NONZEROS, STEPS = 20, 1_000, 30, 3, 10_001
@@ -108,12 +109,7 @@ def final_test_losses(
 ) -> dict[str, float | None]:
     """Final test losses by rho; None where gradient descent diverged."""
     run = jax.vmap(lambda rho: diagonal_losses(make_link, num_micro_batches, scale, rate, rho, steps)[1][-1])
-    return dict(zip(map(str, rhos), finite(run(jnp.array(rhos))), strict=True))
-
-
-def finite(values: Any) -> list[float | None]:
-    """For JSON: None where gradient descent diverged."""
-    return [value if np.isfinite(value) else None for value in np.asarray(values, float).tolist()]
+    return dict(zip(map(str, rhos), finite(run(jnp.array(rhos)).tolist()), strict=True))
 
 
 def plain(rho: Any) -> optax.GradientTransformation:
@@ -168,7 +164,7 @@ def switches(steps: int = STEPS) -> dict[str, Any]:
     with jax.enable_x64(True):
         for name, (make_link, rho) in runs.items():
             _, losses = diagonal_losses(make_link, EXAMPLES, N_SAM_SCALE, SWITCH_RATE, rho, 2 * steps)
-            losses = finite(losses)
+            losses = finite(losses.tolist())
             results["curves"][name] = [losses[step - 1] for step in shown]
             results["test_loss"] |= {name: losses[-1], f"{name.split(' →')[0]}, first half": losses[steps - 1]}
     return results

@@ -4,7 +4,6 @@ For a loss that is streamed over batches; see :mod:`optax_sam.sharpness.streamin
 ``batches`` are. Products H·v are forward over reverse, one compiled program for all of them.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -19,16 +18,15 @@ from optax_sam.sharpness.lanczos import NOT_FINITE_MESSAGE, inner_product, proje
 from optax_sam.sharpness.streaming import (
     Estimate,
     LossFn,
-    check_at_least,
-    check_loss_fn,
     checked_loss,
     estimate,
     keys_of,
     on_host,
+    once_per_loss,
     shown,
     sized,
 )
-from optax_sam.transform import check_positive_int
+from optax_sam.transform import check_int
 
 SMALLEST = 0.01  # of the largest magnitude: below, the tolerance is absolute, and above the rounding of float32
 FEWEST_PRODUCTS = 10  # before that, an eigenvector that the first one hardly contains may be missed
@@ -118,12 +116,11 @@ def hessian_eigenvalues(
         Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian Eigenvalue Density
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
-    check_loss_fn(loss_fn)
     params = on_host("params", params)
-    check_positive_int("max_products", max_products)
+    check_int("max_products", max_products)
     check_nonnegative("rtol", rtol)
-    check_positive_int("k", k)
-    check_at_least(0, "num_smallest", num_smallest)
+    check_int("k", k)
+    check_int("num_smallest", num_smallest, least=0)
     size, wanted = _dimension(params), k + num_smallest
     if wanted > min(size, max_products):
         raise ValueError(
@@ -192,9 +189,8 @@ def hessian_trace(
         Hutchinson, `A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines
         <https://doi.org/10.1080/03610918908812806>`_, 1989
     """
-    check_loss_fn(loss_fn)
     params = on_host("params", params)
-    check_at_least(2, "num_probes", num_probes)
+    check_int("num_probes", num_probes, least=2)
     hessian = _hessian(loss_fn, params, batches)
     draw = random_vectors(jax.random.rademacher, params)
     samples = []
@@ -246,10 +242,9 @@ def spectral_density(
         Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian Eigenvalue Density
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
-    check_loss_fn(loss_fn)
     params = on_host("params", params)
-    check_positive_int("num_probes", num_probes)
-    check_positive_int("num_products", num_products)
+    check_int("num_probes", num_probes)
+    check_int("num_products", num_products)
     num_products = min(num_products, _dimension(params))
     hessian = _hessian(loss_fn, params, batches)
     draw = random_vectors(jax.random.normal, params)
@@ -277,7 +272,7 @@ def _hessian(loss_fn: LossFn, params: Any, batches: Iterable[Any]) -> Callable[[
     return product
 
 
-@functools.lru_cache(maxsize=16)
+@once_per_loss
 def _hessian_product(loss_fn: LossFn) -> Callable[..., Any]:
     """``(total, params, vector, batch, size)`` → total + size · H · vector, compiled once for a loss function."""
 

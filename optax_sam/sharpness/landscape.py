@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_sam.sharpness.lanczos import random_vectors
-from optax_sam.sharpness.streaming import LossFn, check_loss_fn, loss_of_sum, means_over, on_host
+from optax_sam.sharpness.streaming import LossFn, loss_of_sum, means_over, on_host
 
 
 class Line(NamedTuple):
@@ -85,7 +85,6 @@ def loss_along(
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
-    check_loss_fn(loss_fn)
     first, second = on_host("first", first), on_host("second", second)
     _check_alike(first, second)
     if not 0 < h < np.inf:
@@ -141,7 +140,6 @@ def loss_surface(
     Reference:
         Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_, 2018
     """
-    check_loss_fn(loss_fn)
     params = on_host("params", params)
     if all(leaf.ndim < 2 for leaf in jax.tree.leaves(params)):
         raise ValueError("params must have a leaf of two or more axes: only those have filters that can be normalized.")

@@ -4,7 +4,6 @@ The worst case is that of a micro-batch, so that it depends on how a batch is sp
 that it does not. See :mod:`optax_sam.sharpness.streaming` for what ``loss_fn``, ``params`` and ``batches`` are.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,22 +14,21 @@ import optax
 from optax_sam.ascent import check_nonnegative, normalized_ascent
 from optax_sam.axes import varying_axes
 from optax_sam.convolution import canonicalized
-from optax_sam.estimator import mean_over_shards
+from optax_sam.micro_batches import mean_over_shards
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
     LossFn,
     as_real,
-    check_at_least,
-    check_loss_fn,
     checked_loss,
     estimate,
     keys_of,
     loss_of_sum,
     means_over,
     on_host,
+    once_per_loss,
 )
-from optax_sam.transform import check_positive_int
+from optax_sam.transform import check_int
 
 
 def m_sharpness(
@@ -73,11 +71,10 @@ def m_sharpness(
         Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware Minimization
         <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    check_loss_fn(loss_fn)
     params = as_real("params", params)
     check_nonnegative("rho", rho)
-    check_positive_int("num_micro_batches", num_micro_batches)
-    check_positive_int("steps", steps)
+    check_int("num_micro_batches", num_micro_batches)
+    check_int("steps", steps)
     return _worst_rise(loss_fn, num_micro_batches, steps)(params, rho, batch)
 
 
@@ -122,10 +119,9 @@ def average_sharpness(
         Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware Minimization
         <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    check_loss_fn(loss_fn)
     params = on_host("params", params)
     check_nonnegative("sigma", sigma)
-    check_at_least(2, "num_samples", num_samples)
+    check_int("num_samples", num_samples, least=2)
     loss, draw = loss_of_sum(loss_fn), random_vectors(jax.random.normal, params)
     samples = keys_of(key, num_samples)
     points = [(0.0, samples[0]), *((float(sigma), sample) for sample in samples)]
@@ -135,7 +131,7 @@ def average_sharpness(
     return estimate(losses[1:] - losses[0])
 
 
-@functools.lru_cache(maxsize=16)
+@once_per_loss
 def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable[..., jax.Array]:
     """``(params, rho, batch)`` → the mean over micro-batches of the largest rise on the way of a projected ascent."""
 

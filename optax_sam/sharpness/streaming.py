@@ -103,7 +103,26 @@ def means_over(
     return totals / counts
 
 
-@functools.lru_cache(maxsize=16)
+def once_per_loss(compile_for: Callable[..., Any]) -> Callable[..., Any]:
+    """``compile_for(loss_fn, ...)``, called once for a loss function; raises unless that can be found again."""
+    kept = functools.lru_cache(maxsize=16)(compile_for)
+
+    @functools.wraps(compile_for)
+    def find(loss_fn: LossFn, *options: Any) -> Any:
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of params and a batch; got {loss_fn!r}.")
+        try:
+            hash(loss_fn)
+        except TypeError as error:
+            raise TypeError(
+                f"loss_fn must be hashable; {type(loss_fn).__name__} is not. Pass a function that calls it."
+            ) from error
+        return kept(loss_fn, *options)
+
+    return find
+
+
+@once_per_loss
 def loss_of_sum(loss_fn: LossFn) -> Callable[..., jax.Array]:
     """From ``(factors, trees, batch)`` to the loss at the sum of factor · tree; compiled once for a loss function."""
 
@@ -128,29 +147,9 @@ def checked_loss(loss: Any) -> jax.Array:
     return loss
 
 
-def check_loss_fn(loss_fn: Any) -> None:
-    """Raises unless loss_fn is a function by which a compiled program can be found again."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of params and a batch; got {loss_fn!r}.")
-    try:
-        hash(loss_fn)
-    except TypeError as error:
-        raise TypeError(
-            f"loss_fn must be hashable; {type(loss_fn).__name__} is not. Pass a function that calls it."
-        ) from error
-
-
 def estimate(samples: Any) -> Estimate:
     """The mean of at least two samples."""
     return Estimate(float(np.mean(samples)), float(np.std(samples, ddof=1) / np.sqrt(len(samples))))
-
-
-def check_at_least(least: int, name: str, value: Any) -> None:
-    """Raises unless value is an int ≥ least."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int; got {name}={value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {name}={value}.")
 
 
 def keys_of(key: jax.Array | None, number: int) -> list[jax.Array]:

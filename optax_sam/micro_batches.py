@@ -1,0 +1,102 @@
+r"""Micro-batches: the mean of a function over equal shards of a batch, in a loop, unrolled or vmapped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_sam.ascent import widen
+from optax_sam.averaging import leading_size, mean_of_stack
+from optax_sam.axes import vary
+from optax_sam.convolution import canonicalized
+from optax_sam.sharding import axes_in, num_devices
+from optax_sam.transform import is_float
+
+STRATEGIES = ("auto", "vmap", "scan", "unroll")
+PAIRED_BYTES = 1 << 22  # up to this size of gradients, two at a time stay in the caches
+
+
+def mean_over_shards(
+    evaluate: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict, num_shards: int, strategy: str
+) -> Any:
+    """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""
+    if num_shards == 1:
+        return evaluate(0, args, kwargs)
+    indices = jnp.arange(num_shards)
+    shards = indices, _split(args[0], num_shards)
+
+    def evaluate_shard(index, shard):
+        return jax.tree.map(jnp.asarray, evaluate(index, (shard, *args[1:]), kwargs))
+
+    def shard_at(index):
+        return jax.tree.map(lambda x: jax.lax.index_in_dim(x, index, keepdims=False), shards)
+
+    def add(total, shard):
+        leaves = jax.tree.leaves(evaluate_shard(*shard))
+        return [t + widen(x) if is_float(x) else t for t, x in zip(total, leaves, strict=True)]
+
+    if strategy == "vmap":
+        return mean_of_stack(jax.vmap(evaluate_shard)(*shards))
+    # Without jit, a loop would be compiled in every call.
+    is_loop = strategy == "scan" or (strategy == "auto" and isinstance(indices, Tracer))
+    leaves, structure = _types_of(lambda: evaluate_shard(*shard_at(0))) if is_loop else ([], None)
+    if is_loop and all(map(is_float, leaves)):
+        done, total = 0, [_wide_zeros(aval) for aval in leaves]
+    else:  # what is not float is that of the first
+        leaves, structure = jax.tree.flatten(evaluate_shard(*shard_at(0)))
+        done, total = 1, [widen(x) if is_float(x) else x for x in leaves]
+    if is_loop:
+        rest = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, done, num_shards), shards)
+        unroll = 1 if strategy == "scan" else _at_a_time(num_shards - done, leaves)
+        total, _ = jax.lax.scan(
+            canonicalized(lambda total, shard: (add(total, shard), None)), total, rest, unroll=unroll
+        )
+    else:
+        for index in range(1, num_shards):
+            total = add(total, shard_at(index))
+    mean = [(t / num_shards).astype(x.dtype) if is_float(x) else t for t, x in zip(total, leaves, strict=True)]
+    return jax.tree.unflatten(structure, mean)
+
+
+def _types_of(function: Callable[[], Any]) -> tuple[list[Any], Any]:
+    """The abstract values of what the function returns, and their structure."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
+    return closed.out_avals, jax.tree.structure(shapes)
+
+
+def _at_a_time(length: int, results: list[Any]) -> int:
+    """How many micro-batches make one turn of a loop over so many; all in one turn would be none."""
+    is_small = sum(x.size * x.dtype.itemsize for x in results if is_float(x)) <= PAIRED_BYTES
+    return 2 if is_small and length > 2 and length % 2 == 0 else 1
+
+
+def _wide_zeros(aval: Any) -> jax.Array:
+    """Zeros of the type of a traced array, in float32 or wider."""
+    dtype = aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32
+    return vary(jax.lax.full(aval.shape, 0, dtype, sharding=aval.sharding), aval.mat.varying)
+
+
+def _split(batch: Any, num_shards: int) -> Any:
+    """The batch with leaves (B, ...) reshaped to (num_shards, B / num_shards, ...)."""
+    leading_size(batch=batch)
+
+    def split(leaf):
+        leaf = jnp.asarray(leaf)
+        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+        check_divisible(leaf.shape[0], num_devices(mesh, axes_in(spec[:1])), num_shards)
+        shape = num_shards, leaf.shape[0] // num_shards, *leaf.shape[1:]
+        sharding = NamedSharding(mesh, PartitionSpec(None, *spec)) if any(spec) else None
+        return jnp.reshape(leaf, shape, out_sharding=sharding)
+
+    return jax.tree.map(split, batch)
+
+
+def check_divisible(batch_size: int, devices: int, num_micro_batches: int) -> None:
+    """Raises unless the batch makes ``num_micro_batches`` equal shards on, or spread over, each of the devices."""
+    if batch_size % (devices * num_micro_batches):
+        raise ValueError(
+            f"{batch_size=} must be divisible by devices × num_micro_batches = {devices} × {num_micro_batches}."
+        )
