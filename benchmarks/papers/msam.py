@@ -18,6 +18,7 @@ import optax
 import tqdm
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 import optax_sam
 from benchmarks import timing
@@ -171,7 +172,10 @@ def figure(results: dict[str, dict[str, Any]], times: dict[str, Any]) -> Figure:
         _points(axes[first], results[kind], "test_accuracy", 100)
         axes[first].set(title=kind, ylabel="test accuracy (%)")
         _points(axes[first + 1], results[kind], "eigenvalue", 1)
-        axes[first + 1].set(title=kind, ylabel="largest eigenvalue of the Hessian", yscale="log")
+        axes[first + 1].set(title=kind, ylabel="largest Hessian eigenvalue", yscale="log")
+        axes[first + 1].yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
+        )
     medians = [time["milliseconds"] for time in times.values()]
     axes[4].bar(list(times), medians, color=[_color(name) for name in times], width=0.6)
     axes[4].set(title="images", ylabel="time of a step (ms)")
