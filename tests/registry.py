@@ -1,4 +1,4 @@
-"""Every recipe and combinator with arguments: the members that the contract suite runs over."""
+"""Every recipe and combinator with arguments: what the tests of the contract and of the laws run over."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
+from problems import clean_gradient, mlp_batch, mlp_loss, mlp_params, split
 
 import optax_sam
 
@@ -79,3 +81,50 @@ MEMBERS = [
     Member("switch_at", _phases, extra_gradients=(0, 1, 1, 1), scale_free=False),
     Member("switch_by", _every_other, extra_gradients=(0, 1, 0, 1)),
 ]
+
+# What takes a link and returns one. ``measured`` reads the loss from ``value`` and ``value_fn``; its axis is mapped by
+# nobody, and no leaf sharded over it.
+COMBINATORS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]] = {
+    "sharpness_aware": optax_sam.sharpness_aware,
+    "renormalized": optax_sam.renormalized,
+    "switch_at": lambda inner: optax_sam.switch_at({0: inner}),
+    "switch_by": lambda inner: optax_sam.switch_by(lambda step: 0, [inner]),
+    "late": lambda inner: optax_sam.late(inner, 0),
+    "micro_batched": optax_sam.micro_batched,
+    "measured": optax_sam.measured,
+    "sharded": lambda inner: optax_sam.sharded(inner, "model", mask=False),
+}
+
+RHO, STEPS = 0.1, 4
+every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+
+
+def batch_for(member, batch=None, num_micro_batches=MICRO_BATCHES):
+    batch = mlp_batch() if batch is None else batch
+    return split(batch, num_micro_batches) if member.stacked else batch
+
+
+def optimizer(link):
+    return optax.chain(link, optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9))
+
+
+def gradients_by_step(member, rho, loss_fn=mlp_loss, params=None, batch=None):
+    """What the link returns in each of its first updates at the same params, stacked."""
+    link, params = member.make(rho), mlp_params() if params is None else params
+    batch = batch_for(member) if batch is None else batch
+
+    @jax.jit
+    def run(params, batch):
+        def body(state, _):
+            grads = clean_gradient(loss_fn, params, batch, member.stacked)
+            outputs, state = link.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch, unknown=1)
+            return state, outputs
+
+        return jax.lax.scan(body, link.init(params), length=STEPS)[1]
+
+    return run(params, batch)
+
+
+@functools.cache
+def plain_gradients_by_step(member, rho=RHO):
+    return gradients_by_step(member, rho)
