@@ -169,11 +169,11 @@ def figure(toy: dict[str, Any], results: Results) -> Figure:
     seeds = len(next(iter(results["sgd"].values()))["test_accuracy"])
     axes[1].set(title=f"ResNet, {seeds} seeds, mean ± sd", ylabel="test accuracy (%)")
     _curves(axes[2], results, "train_loss", 1)
-    axes[2].set(title="The same runs", ylabel="training loss", yscale="log")
+    axes[2].set(title="The same runs", ylabel="training loss")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="upper left")
+    axes[0].legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.61, 0.6))
     axes[1].legend(frameon=False)
     return drawing
 
