@@ -1,13 +1,23 @@
-"""Checkpoints with Orbax: a run that is killed and started again goes on where it was."""
+"""Checkpoints with Orbax: a run that is killed and started again goes on from the last one that is not damaged."""
 
+import copy
+import hashlib
+import itertools
 import json
 import pathlib
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tqdm
+from jax.experimental import multihost_utils
 
 History = dict[str, list[float]]
+DIGESTS = "digests.json"
+NOTHING_SAVED, ALL_DAMAGED = -1, -2
 
 
 class Checkpoints:
@@ -15,7 +25,9 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path | None) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self.manager = None if folder is None else ocp.CheckpointManager(folder.resolve(), options=options)
+        self.manager = None
+        if folder is not None:
+            self.manager = ocp.CheckpointManager(folder.resolve(), options=options, handler_registry=handlers())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -29,19 +41,111 @@ class Checkpoints:
             self.manager.close()
 
     def restore(self, state: Any, history: History) -> tuple[Any, History]:
-        """The state and history that were saved last, or these where nothing was."""
-        if self.manager is None or self.manager.latest_step() is None:
+        """The state and history that were saved last, or these where nothing was.
+
+        A damaged checkpoint is moved aside, and the one before it is used.
+
+        Raises:
+            ValueError: all checkpoints are damaged; none was moved.
+        """
+        if self.manager is None or (epoch := newest_sound_epoch(self.manager)) is None:
             return state, history
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), history=ocp.args.JsonRestore())
-        restored = self.manager.restore(self.manager.latest_step(), args=items)
+        restored = self.manager.restore(epoch, args=items)
         return restored["state"], restored["history"]
 
     def save(self, epoch: int, state: Any, history: History) -> None:
         """Saves in the background; a checkpoint that is not complete when the process dies does not count."""
         if self.manager is not None:
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history))
+            as_it_is = copy.deepcopy(history)  # which goes on while this is written
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(as_it_is))
             self.manager.save(epoch, args=items)
+
+
+class Digests(ocp.CheckpointHandler):
+    """Leaves the digests of an item's files beside them: Orbax restores flipped bits of arrays without a word."""
+
+    def finalize(self, directory: Any) -> None:
+        """Called in one process, when all files are written and the checkpoint does not count yet."""
+        super().finalize(directory)
+        folder = pathlib.Path(directory)
+        digests = {path.relative_to(folder).as_posix(): digest(path) for path in folder.rglob("*") if path.is_file()}
+        (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
+
+
+class StateHandler(Digests, ocp.StandardCheckpointHandler):
+    """Arrays with digests."""
+
+
+class HistoryHandler(Digests, ocp.JsonCheckpointHandler):
+    """JSON with digests."""
+
+
+def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Who saves and restores what."""
+    registry, state, history = ocp.handlers.DefaultCheckpointHandlerRegistry(), StateHandler(), HistoryHandler()
+    registry.add("state", ocp.args.StandardSave, state)
+    registry.add("state", ocp.args.StandardRestore, state)
+    registry.add("history", ocp.args.JsonSave, history)
+    registry.add("history", ocp.args.JsonRestore, history)
+    return registry
+
+
+def newest_sound_epoch(manager: ocp.CheckpointManager) -> int | None:
+    """The epoch of the last checkpoint that is not damaged, the same in all processes; None where nothing was saved."""
+    folder, epoch = pathlib.Path(manager.directory), NOTHING_SAVED
+    if jax.process_index() == 0:
+        epoch = set_damaged_aside(folder, manager.all_steps())
+    epoch = int(multihost_utils.broadcast_one_to_all(np.int32(epoch)))
+    if epoch == ALL_DAMAGED:
+        damages = "; ".join(f"{epoch}: {damage(folder / str(epoch))}" for epoch in manager.all_steps())
+        raise ValueError(
+            f"all checkpoints in {folder} are damaged ({damages}); put back copies of them, or move them away to begin "
+            "anew"
+        )
+    manager.reload()
+    return None if epoch == NOTHING_SAVED else epoch
+
+
+def set_damaged_aside(folder: pathlib.Path, epochs: Iterable[int]) -> int:
+    """Gives damaged checkpoints after the last sound one names that Orbax ignores, and says so; returns its epoch."""
+    damages = {}
+    for epoch in sorted(epochs, reverse=True):
+        if reason := damage(folder / str(epoch)):
+            damages[epoch] = reason
+            continue
+        for later, reason in damages.items():
+            names = (f"{later}.damaged-{number}" for number in itertools.count(1))
+            name = next(name for name in names if not (folder / name).exists())
+            (folder / str(later)).rename(folder / name)
+            message = f"{folder / str(later)} is damaged ({reason}): it is now {name}, going on from epoch {epoch}"
+            tqdm.tqdm.write(message, file=sys.stderr)
+        return epoch
+    return ALL_DAMAGED if damages else NOTHING_SAVED
+
+
+def damage(checkpoint: pathlib.Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if nothing is, or if it was saved without digests."""
+    items = [checkpoint / "state", checkpoint / "history"]
+    if all(item.is_dir() and not (item / DIGESTS).exists() for item in items):
+        return None
+    for item in items:
+        name = DIGESTS
+        try:
+            for name, expected in json.loads((item / DIGESTS).read_bytes()).items():
+                if digest(item / name) != expected:
+                    return f"{item.name}/{name} is not as it was saved"
+        except OSError as error:
+            return f"{item.name}/{name}: {error.strerror}"
+        except ValueError:
+            return f"{item.name}/{DIGESTS} is not as it was saved"
+    return None
+
+
+def digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:

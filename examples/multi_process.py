@@ -117,10 +117,13 @@ def train(settings: argparse.Namespace) -> dict[str, Any]:
     check_agreement(settings)
     trainer = Trainer(settings)
     steps = trainer.steps_per_epoch
-    saved = checkpoints.Checkpoints(settings.checkpoint_dir)
-    state, history = saved.restore(trainer.init(), {"train_loss": [], "test_accuracy": []})
-    epochs = range(len(history["train_loss"]), settings.epochs)
     tqdm.tqdm.set_lock(threading.RLock())  # its own would be a semaphore, which outlives a killed process
+    saved = checkpoints.Checkpoints(settings.checkpoint_dir)
+    try:
+        state, history = saved.restore(trainer.init(), {"train_loss": [], "test_accuracy": []})
+    except ValueError as error:
+        raise workers.SettingsError(str(error)) from error
+    epochs = range(len(history["train_loss"]), settings.epochs)
     hidden = None if jax.process_index() == 0 else True
     with tqdm.tqdm(total=settings.epochs * steps, initial=epochs.start * steps, unit=" steps", disable=hidden) as bar:
         for epoch in epochs:
@@ -163,7 +166,7 @@ def run(settings: argparse.Namespace) -> None:
         return
     results = {"settings": shared(settings), "processes": settings.processes, **report.environment(), **final}
     path = settings.folder / "results.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(report.finite(results), indent=1, allow_nan=False) + "\n")
     print("devices  processes  micro-batches  train loss  test accuracy  norm of params")
     print(
         f"{settings.devices:>7}{settings.processes:>11}{settings.devices * settings.micro_batches:>15}"

@@ -1,6 +1,7 @@
 """What a run leaves behind: a table for the terminal, results.json and comparison.png."""
 
 import json
+import math
 import os
 import pathlib
 import platform
@@ -67,10 +68,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def finite(tree: Any) -> Any:
+    """The tree for JSON: None where a number is not finite."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def write(results: dict[str, Any], folder: pathlib.Path) -> None:
     """Writes results.json and comparison.png into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
     figure = comparison(results)
     figure.savefig(folder / "comparison.png", dpi=150)
     plt.close(figure)

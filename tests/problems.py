@@ -114,7 +114,7 @@ class GradientCounter:
         """The loss of ``num_examples`` examples; each run of its backward pass is counted."""
 
         def add(value):
-            self._examples += num_examples * np.size(value)
+            self.add(num_examples * np.size(value))
 
         @jax.custom_vjp
         def watch(value):
@@ -127,6 +127,9 @@ class GradientCounter:
 
         watch.defvjp(lambda value: (value, value), backward)
         return lambda *args, **kwargs: watch(loss_fn(*args, **kwargs))
+
+    def add(self, num_examples: int) -> None:
+        self._examples += num_examples
 
     def take(self) -> int:
         """The number of per-example gradients since the last call."""

@@ -113,6 +113,13 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
         checkpoints.claim(tmp_path, {"epochs": 5})
 
 
+def test_results_of_a_diverged_run_are_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--method", "sgd", *SMOKE, "--learning-rate", "1e30"])
+    text = (tmp_path / "runs/digits-mlp/results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["methods"]["sgd"]["seeds"][0]["train_loss"] is None
+
+
 def test_fashion_mnist_trains_a_cnn(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     monkeypatch.chdir(tmp_path)

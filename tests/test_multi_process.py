@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,8 +101,15 @@ def lonely_rank(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("unbroken"), "--processes", "2")
+def unbroken_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder, "--processes", "2", "--checkpoint-dir", "checkpoints")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(unbroken_folder):
+    return numbers(unbroken_folder)
 
 
 @pytest.mark.usefixtures("lonely_rank")  # early, as it waits longer than any other
@@ -126,6 +134,23 @@ def test_killed_worker_stops_the_others_and_the_same_command_goes_on(unbroken, s
     assert all(is_gone(pid) for pid in workers.values())
     assert not (tmp_path / "runs/smoke/results.json").exists()
     assert run(tmp_path, *arguments) == unbroken
+
+
+def test_damaged_checkpoints_are_passed_over_by_all_processes_and_refused_if_there_is_no_other(
+    unbroken_folder, unbroken, start, tmp_path
+):
+    shutil.copytree(unbroken_folder / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/8/state/_METADATA").write_text("{")
+    assert run(tmp_path, "--processes", "2", "--checkpoint-dir", "checkpoints") == unbroken
+    pattern = r"checkpoints/8 is damaged .*: it is now 8.damaged-1, going on from epoch 7$"
+    assert len(re.findall(pattern, (tmp_path / "output-0").read_text(), re.MULTILINE)) == 1
+    assert (tmp_path / "checkpoints/8.damaged-1/state/_METADATA").read_text() == "{"
+
+    for epoch in ("7", "8"):
+        (tmp_path / "checkpoints" / epoch / "history/metadata").unlink()
+    status, message = start(tmp_path, "--processes", "2", "--checkpoint-dir", "checkpoints").stops(STARTED_WITHIN)
+    assert status == 1
+    assert re.search(r"all checkpoints in .*/checkpoints are damaged \(7: history/metadata.*; 8: .*\); put", message)
 
 
 def test_rank_stops_by_itself_when_another_is_killed(start, tmp_path):

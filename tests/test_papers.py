@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 from benchmarks.papers.__main__ import PAPERS, table
-from benchmarks.papers.reproduction import Reproduction, finite, interval, joint_verdict, paired_verdict, spread
+from benchmarks.papers.reproduction import Reproduction, interval, joint_verdict, paired_verdict, spread
+from examples.report import finite
 
 ROOT = pathlib.Path(__file__).parents[1]
 

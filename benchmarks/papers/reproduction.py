@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import timing
 from examples import checkpoints
+from examples.report import finite
 
 matplotlib.use("Agg")
 
@@ -64,15 +65,6 @@ def spread(values: npt.ArrayLike, digits: int = 2, scale: float = 1.0) -> str:
     values = scale * np.asarray(values)
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
-
-
-def finite(tree: Any) -> Any:
-    """The tree for JSON: None where a number is not finite."""
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
