@@ -7,7 +7,6 @@ leaves alone.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,14 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from optax_sam.axes import Declared, axes_of_leaves, vary
-
-NO_PARAMS_MESSAGE = (
-    "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
-    "when calling `update`."
-)
+from optax_sam.checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, is_float
 
 
 class AscentState(NamedTuple):
@@ -146,6 +140,7 @@ def adaptive_ascent(
     def perturbation(radius, updates, params, shards):
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
+        check_alike("params", params, "updates", updates)
         widths = jax.tree.map(lambda w, g: (jnp.abs(widen(w)) + eta).astype(widen(g).dtype), params, updates)
         stretched = jax.tree.map(lambda t, g: t * widen(g), widths, updates)
         norm = norm_of(stretched, shards)
@@ -174,6 +169,7 @@ def _ascent(
         if schedule is None:
             return perturbation(rho, updates, params, shards), state
         radius = schedule(state.ascent_step)
+        check_real("rho(step)", radius)
         next_step = jnp.asarray(optax.safe_increment(state.ascent_step))
         return perturbation(radius, updates, params, shards), AscentState(ascent_step=next_step)
 
@@ -260,6 +256,8 @@ def _over(reduce: Callable[..., jax.Array], x: jax.Array, axes: tuple[str, ...])
 def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
     """The leaf as an array of float32 (complex64) or wider."""
     leaf = jnp.asarray(leaf)
+    if not is_float(leaf):
+        raise TypeError(f"updates and params must have floating-point leaves; got one of dtype {leaf.dtype}.")
     return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
 
 
@@ -280,17 +278,3 @@ def divide(target: jax.typing.ArrayLike, ratio: jax.Array) -> jax.Array:
     """target / ratio, and zero for a ratio of zero."""
     zero = ratio == 0
     return jnp.where(zero, 0, jnp.asarray(target).astype(ratio.dtype) / jnp.where(zero, 1, ratio))
-
-
-def check_nonnegative(name: str, value: Any, or_schedule: bool = False) -> None:
-    """Raises unless value is a real scalar ≥ 0; the value of a traced array is left unread."""
-    if isinstance(value, jax.Array) and value.ndim:
-        raise ValueError(f"{name} must be a scalar; got an array of shape {value.shape}.")
-    if isinstance(value, Tracer):
-        return
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and not value.ndim:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a real scalar{' or a schedule' if or_schedule else ''}; got {value!r}.")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0; got {name}={value!r}.")

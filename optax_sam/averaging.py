@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_sam.axes import AxisNames, as_axes, is_checked, note_average, vary, varying_axes
-from optax_sam.transform import as_link, is_float
+from optax_sam.checks import as_link, is_float
 
 
 def micro_batched(
@@ -136,6 +136,8 @@ def leading_size(**trees: Any) -> int | None:
     if len(places) > 1:
         found = ", ".join(f"{size} in {place}" for size, place in places.items())
         raise ValueError(f"The leaves of {' and '.join(trees)} must agree in their leading axis; got {found}.")
+    if 0 in places:
+        raise ValueError(f"{places[0]} must hold at least one example; its leading axis is of size 0.")
     return next(iter(places), None)
 
 

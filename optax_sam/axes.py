@@ -14,6 +14,8 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr, subjaxprs
 from jax.extend.core.primitives import axis_index_p
 
+from optax_sam.checks import spread_mask
+
 AxisNames = str | Sequence[str]
 
 
@@ -65,6 +67,8 @@ def as_axes(axis_name: Any) -> tuple[str, ...]:
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(axes, Sequence) or not axes or not all(isinstance(axis, str) for axis in axes):
         raise TypeError(f"axis_name must be the name of a mapped axis, or a tuple of names; got {axis_name!r}.")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis_name must hold each name once; got {axis_name!r}.")
     return tuple(axes)
 
 
@@ -82,8 +86,7 @@ class Shards(NamedTuple):
     def axes_of_leaves(self, tree: Any) -> list[tuple[str, ...]]:
         """The axes over which each leaf is sharded."""
         if self.mask is not None:
-            mask = self.mask(tree) if callable(self.mask) else self.mask
-            return [self.axes if chosen else () for chosen in jax.tree.leaves(jax.tree.broadcast(mask, tree))]
+            return [self.axes if chosen else () for chosen in jax.tree.leaves(spread_mask(self.mask, tree))]
         if not is_checked(self.axes):
             raise ValueError(
                 f"sharded(link, {self.axes}): which leaves are sharded is only known under shard_map with "

@@ -16,9 +16,10 @@ import optax
 
 from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
 from optax_sam.axes import AxisNames, as_axes, check_mapped, vary
-from optax_sam.micro_batches import STRATEGIES, check_divisible, mean_over_shards
+from optax_sam.checks import as_link, check_choice, check_floating, check_function, check_int, check_loss, check_pair
+from optax_sam.micro_batches import STRATEGIES, check_batch, check_divisible, mean_over_shards
 from optax_sam.sharding import mesh_axes_of_examples, num_devices, on_each_device
-from optax_sam.transform import as_link, check_int, check_not_summed
+from optax_sam.transform import check_not_summed, conjugated
 
 ASCENTS_PER = ("micro_batch", "device", "batch")
 
@@ -88,13 +89,15 @@ def gradient_estimator(
 
     Returns:
         A :class:`GradientEstimator`. Gradients have the structure, shapes and dtypes that ``jax.grad(loss_fn)``
-        returns.
+        returns. Those of complex leaves are conjugated on the way to the link, as Optax wants them, and back.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument is of the wrong type; when called: params that are not all floating-point arrays, or
+            loss_fn returns no scalar loss, or with has_aux no pair.
         ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1; when
-            called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; axis_name is not a
-            mapped axis, is one that the params vary over, or is missing where ``shard_map`` would sum the gradient.
+            called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; a state that is not
+            of this link; axis_name is not a mapped axis, is one that the params vary over, or is missing where
+            ``shard_map`` would sum the gradient.
 
     Example:
         >>> import optax_sam
@@ -109,12 +112,12 @@ def gradient_estimator(
         Behdin et al., `mSAM: Micro-Batch-Averaged Sharpness-Aware Minimization
         <https://arxiv.org/abs/2302.09693>`_, 2023
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of params and a batch; got {loss_fn!r}.")
+    check_function("loss_fn", loss_fn, "params and a batch")
     link = as_link("link", link)
+    check_choice("has_aux", has_aux, (True, False))
     check_int("num_micro_batches", num_micro_batches)
-    _check_choice("ascent_per", ascent_per, ASCENTS_PER)
-    _check_choice("strategy", strategy, STRATEGIES)
+    check_choice("ascent_per", ascent_per, ASCENTS_PER)
+    check_choice("strategy", strategy, STRATEGIES)
     axes = () if axis_name is None else as_axes(axis_name)
     if ascent_per == "device" and not axes:
         raise ValueError(
@@ -123,7 +126,7 @@ def gradient_estimator(
             'number of devices, and one ε for all is ascent_per="batch".'
         )
     estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes)
-    return GradientEstimator(init=link.init, value_and_grad=_on_the_devices_of_the_batch(estimate))
+    return GradientEstimator(link.init, _of_this_state(link.init, _on_the_devices_of_the_batch(estimate)))
 
 
 class _Estimate(NamedTuple):
@@ -152,7 +155,7 @@ class _Estimate(NamedTuple):
             def evaluate(loss_fn, point):
                 value, gradient = jax.value_and_grad(loss_fn, has_aux=self.has_aux)(local(point))
                 loss, aux = value if self.has_aux else (value, None)
-                return loss, aux, gradient
+                return loss, aux, conjugated(gradient)
 
             def grad_fn(point):
                 return average(lambda loss_fn: evaluate(loss_fn, point)[2])
@@ -163,12 +166,13 @@ class _Estimate(NamedTuple):
             loss, aux, clean = average(lambda loss_fn: evaluate(loss_fn, params))
             check_not_summed("loss_fn", loss, clean)
             extra_args = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
-            return (loss, aux) if self.has_aux else loss, *self.link.update(clean, state, params, **extra_args)
+            outputs, next_state = self.link.update(clean, state, params, **extra_args)
+            return (loss, aux) if self.has_aux else loss, conjugated(outputs), next_state
 
         def over_shards(evaluate):
             def evaluate_one(index, arguments, keywords):
                 arguments, keywords = _fold_keys((arguments, keywords), self._shard_number(index))
-                return evaluate(lambda params: self.loss_fn(params, *arguments, **keywords))
+                return evaluate(lambda params: self._checked(self.loss_fn(params, *arguments, **keywords)))
 
             return mean_over_shards(evaluate_one, args, kwargs, self.num_shards, self.strategy)
 
@@ -184,6 +188,15 @@ class _Estimate(NamedTuple):
             return over_devices(apply_link(over_shards))
         return apply_link(lambda evaluate: over_devices(over_shards(evaluate)))
 
+    def _checked(self, value: Any) -> Any:
+        """What loss_fn returned, refused unless that is the loss, or the loss and aux."""
+        if self.has_aux:
+            check_pair("loss_fn", value, "(loss, aux), as has_aux=True says")
+            check_loss("the first of what loss_fn returns", value[0])
+        else:
+            check_loss("what loss_fn returns", value, cure="for (loss, aux) pass has_aux=True")
+        return value
+
     def _shard_number(self, index: Any) -> Any:
         """The index of a micro-batch, counted over all members of the axes; None where there is only one."""
         if self.num_shards * (jax.lax.axis_size(self.axes) if self.axes else 1) == 1:
@@ -196,11 +209,8 @@ def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
 
     def value_and_grad(params, state, /, *args, **kwargs):
         num_shards = estimate.num_shards
+        check_batch(args, num_shards)
         if num_shards > 1:
-            if not args:
-                raise ValueError(
-                    f"num_micro_batches={num_shards} needs a batch to split: call value_and_grad(params, state, batch)."
-                )
             mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
             devices = num_devices(mesh, mesh_axes)
             if mesh_axes and num_shards % devices == 0 and not estimate.axes:
@@ -208,6 +218,25 @@ def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
                 own = estimate._replace(num_shards=num_shards // devices, axes=mesh_axes)
                 return on_each_device(own.run, mesh, mesh_axes)(params, state, args, kwargs)
         return estimate.run(params, state, args, kwargs)
+
+    return value_and_grad
+
+
+def _of_this_state(init: Callable[[Any], optax.OptState], function: ValueAndGradFn) -> ValueAndGradFn:
+    """The function, which blames a state of another structure than that of ``init`` for an error."""
+
+    def value_and_grad(params, state, /, *args, **kwargs):
+        check_floating("params", params)
+        try:
+            return function(params, state, *args, **kwargs)
+        except (AttributeError, TypeError, ValueError) as error:
+            structure, expected = jax.tree.structure(state), jax.tree.structure(jax.eval_shape(init, params))
+            if structure == expected:
+                raise
+            raise ValueError(
+                f"state must be what init(params) or the last value_and_grad returned, {expected}; got {structure}. "
+                "Call value_and_grad(params, state, batch)."
+            ) from error
 
     return value_and_grad
 
@@ -260,8 +289,3 @@ def _fold_keys(tree: Any, number: Any) -> Any:
         return jax.random.fold_in(leaf, number) if is_key and not leaf.ndim else leaf
 
     return tree if number is None else jax.tree.map(fold, tree)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {name}={value!r}.")

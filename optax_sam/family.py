@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
 from optax_sam.axes import AxisNames
+from optax_sam.checks import as_link, check_int, check_mask, spread_mask
 from optax_sam.renormalization import renormalized
 from optax_sam.switching import switch_at
 from optax_sam.transform import sharpness_aware
@@ -38,7 +38,7 @@ def sam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.Gradi
         A link from g to s; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule.
+        TypeError: rho is neither a real scalar nor a schedule, or mask is not made of booleans.
         ValueError: rho is a negative or non-finite number.
 
     Example:
@@ -73,7 +73,7 @@ def usam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.Grad
         A link from g to s; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule.
+        TypeError: rho is neither a real scalar nor a schedule, or mask is not made of booleans.
         ValueError: rho is a negative or non-finite number.
 
     Example:
@@ -108,7 +108,8 @@ def asam(
         A link from g to s; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule, or eta is not a real scalar.
+        TypeError: rho is neither a real scalar nor a schedule, eta is not a real scalar, or mask is not made of
+            booleans.
         ValueError: rho or eta is a negative or non-finite number.
 
     Example:
@@ -143,7 +144,8 @@ def stable_sam(
         A link from g to s̃; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule, or max_scale is not a real scalar.
+        TypeError: rho is neither a real scalar nor a schedule, max_scale is not a real scalar, or mask is not made of
+            booleans.
         ValueError: rho or max_scale is a negative or non-finite number.
 
     Example:
@@ -185,7 +187,8 @@ def msam(
         A link from the gradients of the micro-batches to s̄.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule, or axis_name is not made of strings.
+        TypeError: rho is neither a real scalar nor a schedule, axis_name is not made of strings, or mask is not made of
+            booleans.
         ValueError: rho is a negative or non-finite number.
 
     Example:
@@ -230,16 +233,13 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
-    if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
-        raise TypeError(f"start must be an int, the first step of the late phase; got {start!r}.")
-    if start < 0:
-        raise ValueError(f"start must be at least 0; got {start=}.")
-    return switch_at({0: optax.identity(), start: inner})
+    check_int("start", start, least=0)
+    return switch_at({0: optax.identity(), start: as_link("inner", inner)})
 
 
 def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
     if mask is None:
         return ascent
-    select = mask if callable(mask) else lambda params: mask
-    freeze = optax.masked(optax.set_to_zero(), lambda params: jax.tree.map(operator.not_, select(params)))
+    check_mask(mask)
+    freeze = optax.masked(optax.set_to_zero(), lambda params: jax.tree.map(operator.not_, spread_mask(mask, params)))
     return optax.chain(freeze, ascent)

@@ -15,8 +15,9 @@ from jax.extend.core import get_opaque_trace_state
 
 from optax_sam.ascent import Norm, divide, norm_of, rescale, widen
 from optax_sam.axes import Declared, check_declared, noting_averages, varying_axes
+from optax_sam.checks import as_link, check_function, check_loss, check_pair
 from optax_sam.switching import SwitchState
-from optax_sam.transform import as_link, check_not_summed
+from optax_sam.transform import check_not_summed, conjugated, returning_loss
 
 
 class Measurements(NamedTuple):
@@ -83,10 +84,10 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         An ``optax.GradientTransformationExtraArgs`` with a :class:`MeasuredState`.
 
     Raises:
-        TypeError: link is not a transformation.
-        ValueError: at ``update``: ``value`` or ``value_fn`` is missing; ``value`` is not a scalar, or varies over a
-            mapped axis and the gradient does not; link averages, or evaluates gradients inside of a branch, a loop or
-            a map of its own; or params are sharded and nobody said so.
+        TypeError: link is not a transformation; at ``update``, a loss is not a scalar.
+        ValueError: at ``update``: ``value`` or ``value_fn`` is missing; ``value`` varies over a mapped axis and the
+            gradient does not; link averages, or evaluates gradients inside of a branch, a loop or a map of its own; or
+            params are sharded and nobody said so.
 
     Example:
         >>> import optax_sam
@@ -106,6 +107,8 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update(updates, state, params=None, *, value=None, value_fn=None, shards=(), **extra_args):
         check_declared(params, updates, shards)
+        if value is None:
+            raise ValueError(_missing("value"))
         clean_loss = _checked_loss("value", value, updates)
         evaluate = _evaluation(value_fn, extra_args.pop("grad_fn", None), extra_args.pop("value_and_grad_fn", None))
         trace, noted = get_opaque_trace_state(), []
@@ -163,9 +166,9 @@ def measurements(state: Any) -> Measurements:
     found = _found_in(state)
     if not found:
         raise ValueError(
-            "measurements(state): no measured link in this state. Build the transformation with one, "
-            "`optax.chain(measured(sam(rho)), ...)`, and pass the state with its types: nnx.state and checkpoints that "
-            "are restored without a target have lost them."
+            f"measurements(state): no measured link in this state, a {type(state).__name__}. Build the transformation "
+            "with one, `optax.chain(measured(sam(rho)), ...)`, and pass the state with its types: nnx.state and "
+            "checkpoints that are restored without a target have lost them."
         )
     _check_single(found, "this state")
     return found[0]
@@ -213,35 +216,28 @@ def _evaluation(value_fn: Any, grad_fn: Any, value_and_grad_fn: Any) -> Callable
     """The function of params (and a batch) to loss and gradient that the keywords of ``update`` describe."""
     if value_and_grad_fn is None and value_fn is None:
         raise ValueError(_missing("value_fn"))
-    for name, function in (("value_fn", value_fn), ("value_and_grad_fn", value_and_grad_fn)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function; got {function!r}.")
+    for name, function in (("value_fn", value_fn), ("grad_fn", grad_fn), ("value_and_grad_fn", value_and_grad_fn)):
+        if function is not None:
+            check_function(name, function, "the params")
 
     def evaluate(*args):
         if value_and_grad_fn is None and grad_fn is not None:
             loss, gradient = value_fn(*args), grad_fn(*args)
             return _checked_loss("what value_fn returns", loss, gradient), gradient
         name = "value_fn" if value_and_grad_fn is None else "value_and_grad_fn"
-        pair = (value_and_grad_fn or jax.value_and_grad(value_fn))(*args)
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TypeError(f"{name} must return the loss and its gradient; got {pair!r}.")
+        pair = (value_and_grad_fn or jax.value_and_grad(returning_loss(name, value_fn)))(*args)
+        check_pair(name, pair, "the loss and its gradient")
         loss, gradient = pair
-        if not isinstance(loss, tuple):
-            check_not_summed(name, loss, gradient)
-        return _checked_loss(f"the loss that {name} returns", loss, gradient), gradient
+        check_loss(f"the first of what {name} returns", loss)
+        check_not_summed(name, loss, gradient)
+        return loss, gradient if value_and_grad_fn else conjugated(gradient)
 
     return evaluate
 
 
 def _checked_loss(name: str, loss: Any, gradient: Any) -> jax.Array:
     """The loss, refused unless it is a scalar that is averaged over what the gradient is averaged over."""
-    if loss is None:
-        raise ValueError(_missing(name))
-    if isinstance(loss, tuple) or jnp.shape(loss):
-        raise ValueError(
-            f"{name} must be the loss, a scalar; got {loss!r}. Take it out of what has_aux=True returns; of "
-            "micro-batches pass the mean."
-        )
+    check_loss(name, loss)
     for axis in sorted(varying_axes(loss) - varying_axes(gradient)):
         raise ValueError(
             f"{name} varies over the mapped axis {axis!r} and the gradient does not: average it too, "

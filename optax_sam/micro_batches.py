@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_sam.ascent import widen
 from optax_sam.averaging import leading_size, mean_of_stack
 from optax_sam.axes import vary
+from optax_sam.checks import is_float
 from optax_sam.convolution import canonicalized
 from optax_sam.sharding import axes_in, num_devices
-from optax_sam.transform import is_float
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
 PAIRED_BYTES = 1 << 22  # up to this size of gradients, two at a time stay in the caches
@@ -81,7 +81,6 @@ def _wide_zeros(aval: Any) -> jax.Array:
 
 def _split(batch: Any, num_shards: int) -> Any:
     """The batch with leaves (B, ...) reshaped to (num_shards, B / num_shards, ...)."""
-    leading_size(batch=batch)
 
     def split(leaf):
         leaf = jnp.asarray(leaf)
@@ -92,6 +91,15 @@ def _split(batch: Any, num_shards: int) -> Any:
         return jnp.reshape(leaf, shape, out_sharding=sharding)
 
     return jax.tree.map(split, batch)
+
+
+def check_batch(args: tuple, num_micro_batches: int) -> None:
+    """Raises unless the first of the arguments of a loss can be split, where it has to be."""
+    if num_micro_batches > 1 and (not args or leading_size(batch=args[0]) is None):
+        raise ValueError(
+            f"{num_micro_batches=} needs a batch to split, the argument behind params (and state); got "
+            f"{args[0] if args else 'none'}."
+        )
 
 
 def check_divisible(batch_size: int, devices: int, num_micro_batches: int) -> None:

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import check_nonnegative, divide, norm_of, rescale
+from optax_sam.ascent import divide, norm_of, rescale
 from optax_sam.axes import check_declared, noting_averages
-from optax_sam.transform import as_link
+from optax_sam.checks import as_link, check_nonnegative
 
 
 def renormalized(

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from optax_sam.axes import AxisNames, Shards, as_axes
-from optax_sam.transform import as_link
+from optax_sam.checks import as_link, check_mask
 
 
 def sharded(
@@ -44,7 +44,7 @@ def sharded(
         An ``optax.GradientTransformationExtraArgs`` with the state of ``inner``.
 
     Raises:
-        TypeError: inner is not a transformation, or axis_name is not made of strings.
+        TypeError: inner is not a transformation, axis_name is not made of strings, or mask is not made of booleans.
         ValueError: at ``update``: mask is None and the axis does not belong to a ``shard_map`` with
             ``check_vma=True``.
 
@@ -58,6 +58,7 @@ def sharded(
         [3.3 4.4]
     """
     inner = as_link("inner", inner)
+    check_mask(mask)
     shards = Shards(as_axes(axis_name), mask)
 
     def update(updates, state, params=None, **extra_args):

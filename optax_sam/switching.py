@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from optax_sam.axes import differs_between_members, noting_averages, vary, varying_axes
+from optax_sam.checks import as_link, check_function, is_float
 from optax_sam.convolution import canonicalized
-from optax_sam.transform import as_link, is_float
 
 
 class SwitchState(NamedTuple):
@@ -72,11 +72,11 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
             "`switch_at({0: optax.identity(), start: link})`."
         )
     if starts[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"The keys of phases must fit in int32, the dtype of the step counter; got {starts[-1]}.")
+        raise ValueError(f"The start of phases must fit in int32, the dtype of the step counter; got {starts[-1]}.")
     boundaries = np.asarray(starts[1:], np.int32)
     return _switch(
         lambda step: jnp.sum(step >= boundaries, dtype=jnp.int32),
-        {f"the phase from step {start}": link for start, link in phases.items()},
+        {f"the phase from step {start}": as_link(f"phases[{start}]", link) for start, link in phases.items()},
     )
 
 
@@ -107,20 +107,19 @@ def switch_by(
         >>> print(every_fifth.init(jnp.zeros(2)).switch_step)
         0
     """
-    if not callable(index_fn):
-        raise TypeError(f"index_fn must be a function of the step; got {index_fn!r}.")
+    check_function("index_fn", index_fn, "the step")
     if not isinstance(links, Sequence) or isinstance(links, optax.GradientTransformation):
         raise TypeError(f"links must be a sequence of transformations; got {links!r}.")
     if not links:
         raise ValueError("links must hold at least one link; got an empty sequence.")
-    return _switch(index_fn, {f"link {index}": link for index, link in enumerate(links)})
+    return _switch(index_fn, {f"link {index}": as_link(f"links[{index}]", link) for index, link in enumerate(links)})
 
 
 def _switch(
-    index_fn: Callable[[jax.Array], jax.typing.ArrayLike], named_links: Mapping[str, optax.GradientTransformation]
+    index_fn: Callable[[jax.Array], jax.typing.ArrayLike],
+    named_links: Mapping[str, optax.GradientTransformationExtraArgs],
 ) -> optax.GradientTransformationExtraArgs:
-    names = list(named_links)
-    links = [as_link(name, link) for name, link in named_links.items()]
+    names, links = list(named_links), list(named_links.values())
 
     def init(params):
         start, first = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
@@ -158,11 +157,13 @@ def _switch(
 
 
 def _checked_index(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array) -> jax.Array:
-    index = jnp.asarray(index_fn(step))
+    chosen = index_fn(step)
+    dtype = getattr(chosen, "dtype", type(chosen))
+    if not (jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.bool_)):
+        raise TypeError(f"index_fn must return an integer or a boolean; got {chosen!r}.")
+    index = jnp.asarray(chosen)
     if index.shape:
         raise ValueError(f"index_fn must return a scalar; got an array of shape {index.shape}.")
-    if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool):
-        raise TypeError(f"index_fn must return an integer or a boolean; got dtype {index.dtype}.")
     if differs_between_members(index, index_fn, step):
         raise ValueError(
             "index_fn must return the same on all members of a mapped axis; it differs between them. A gradient that "

@@ -9,11 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_sam.ascent import NO_PARAMS_MESSAGE, widen
+from optax_sam.ascent import widen
 from optax_sam.axes import check_declared, vary, varying_axes
+from optax_sam.checks import (
+    NO_PARAMS_MESSAGE,
+    as_link,
+    check_alike,
+    check_floating,
+    check_function,
+    check_int,
+    check_loss,
+)
 
 
 class SharpnessAwareState(NamedTuple):
@@ -50,7 +58,9 @@ def sharpness_aware(
       line searches take it too, which makes ``optax.chain(sam(0.05), optax.lbfgs())`` possible.
 
     A leaf of the params narrower than float32 is rounded stochastically at w + ε, or ε of the usual size would round
-    away: the rounding is a fixed function of w and ε, unbiased over the elements, and makes ε longer than asked.
+    away: the rounding is a fixed function of w, ε and the place in the leaf, unbiased over the elements, and makes ε
+    longer than asked. Gradients of complex leaves are passed as Optax wants them, conjugated, and so ``grad_fn``
+    returns them; that of ``value_fn`` is conjugated here.
 
     Args:
         ascent: transformation from g to ε. It sees the point its gradient was taken at as ``params``.
@@ -63,8 +73,9 @@ def sharpness_aware(
 
     Raises:
         TypeError: an argument is of the wrong type, or ``grad_fn`` returns a tuple, as ``jax.value_and_grad`` does.
-        ValueError: steps < 1; at ``update``: params missing, neither ``grad_fn`` nor ``value_fn`` given, or ``grad_fn``
-            returns a tree of another structure or leaves of other shapes than the params.
+        ValueError: steps < 1; at ``update``: params missing, neither ``grad_fn`` nor ``value_fn`` given, or
+            ``grad_fn``, ``ascent`` or ``projection`` returns a tree of another structure or of other shapes than the
+            params.
 
     Example:
         >>> import optax
@@ -81,8 +92,8 @@ def sharpness_aware(
     """
     ascent = as_link("ascent", ascent)
     check_int("steps", steps)
-    if projection is not None and not callable(projection):
-        raise TypeError(f"projection must be a function of the perturbation, or None; got {projection!r}.")
+    if projection is not None:
+        check_function("projection", projection, "the perturbation")
 
     def init(params):
         return SharpnessAwareState(ascent_state=ascent.init(params))
@@ -91,18 +102,22 @@ def sharpness_aware(
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
         gradient_at = _gradient_function(grad_fn, value_fn, batch)
+        check_floating("params", params)
         _check_gradient("updates", updates, params)
         check_declared(params, updates, shards)
         gradient, ascent_state = updates, state.ascent_state
         perturbation, point = None, params
         for step in range(steps):
             climb, next_state = ascent.update(gradient, state.ascent_state, point, shards=shards, **extra_args)
+            check_alike("what ascent returned", climb, "the params", params)
             if step == 0:
                 perturbation, ascent_state = climb, next_state
             else:
                 perturbation = optax.tree.add(perturbation, climb)
             if projection is not None:
-                perturbation = optax.tree.cast_like(projection(perturbation), perturbation)
+                projected = projection(perturbation)
+                check_alike("what projection returned", projected, "the perturbation", perturbation)
+                perturbation = optax.tree.cast_like(jax.tree.map(jnp.asarray, projected), perturbation)
             point = _displaced(params, perturbation, like=updates)
             gradient = gradient_at(point)
             _check_gradient("the gradient that grad_fn returned", gradient, params)
@@ -114,8 +129,8 @@ def sharpness_aware(
 def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any) -> Callable[[Any], Any]:
     """The function params → gradient that the keywords of ``update`` describe."""
     for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function of the params; got {function!r}.")
+        if function is not None:
+            check_function(name, function, "the params")
     if grad_fn is None:
         if value_fn is None:
             raise ValueError(
@@ -130,11 +145,27 @@ def _unsummed_gradient(value_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The gradient of value_fn, refused where ``shard_map`` has summed it over devices."""
 
     def gradient_at(*args):
-        value, gradient = jax.value_and_grad(value_fn)(*args)
+        value, gradient = jax.value_and_grad(returning_loss("value_fn", value_fn))(*args)
         check_not_summed("value_fn", value, gradient)
-        return gradient
+        return conjugated(gradient)
 
     return gradient_at
+
+
+def conjugated(gradient: Any) -> Any:
+    """The gradient, conjugated where it is complex: the loss rises along the conjugate of what ``jax.grad`` returns."""
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradient)
+
+
+def returning_loss(name: str, value_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, refused when it returns something else than the loss."""
+
+    def checked(*args):
+        loss = value_fn(*args)
+        check_loss(f"what {name} returns", loss)
+        return loss
+
+    return checked
 
 
 def check_not_summed(name: str, value: jax.Array, gradient: Any) -> None:
@@ -156,22 +187,14 @@ def _check_gradient(what: str, gradient: Any, params: Any) -> None:
             "loss cannot be evaluated. Put the link before them, `optax.chain(sam(rho), optax.masked(...))`; to "
             "perturb only some of the leaves use the `mask` argument of the recipes."
         )
-    if jax.tree.structure(gradient) != jax.tree.structure(params):
-        if isinstance(gradient, tuple) and not isinstance(params, tuple):
-            raise TypeError(
-                f"{what} is a tuple of length {len(gradient)}, as functions made by jax.value_and_grad or with "
-                "has_aux=True return; take the gradient out of it, or use jax.grad(loss_fn), which returns it alone."
-            )
-        raise ValueError(
-            f"{what} must have the tree structure of the params; got {jax.tree.structure(gradient)} for params of "
-            f"structure {jax.tree.structure(params)}."
+    is_like_params = jax.tree.structure(gradient) == jax.tree.structure(params)
+    if isinstance(gradient, tuple) and not isinstance(params, tuple) and not is_like_params:
+        raise TypeError(
+            f"{what} is a tuple of length {len(gradient)}, as functions made by jax.value_and_grad or with "
+            "has_aux=True return; take the gradient out of it, or use jax.grad(loss_fn), which returns it alone."
         )
-    for (path, leaf), param in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(params), strict=True):
-        if jnp.shape(leaf) != jnp.shape(param):
-            raise ValueError(
-                f"{what} must have the shapes of the params; got {jnp.shape(leaf)} for a param of shape "
-                f"{jnp.shape(param)} at {jax.tree_util.keystr(path) or 'the only leaf'}."
-            )
+    check_alike(what, gradient, "the params", params)
+    check_floating(what, gradient)
 
 
 def _is_masked(node: Any) -> bool:
@@ -202,29 +225,12 @@ def _moved(param: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def _hash_uniform(x: jax.Array, y: jax.Array) -> jax.Array:
-    """A fixed number in [0, 1) for each pair of float32 elements: no key, no state, the same on every device."""
+    """A number in [0, 1) for each pair of float32 elements and its place: no key, no state, alike on all devices."""
+    place = jnp.zeros_like(x, jnp.uint32)  # without it, leaves of equal elements would be rounded all up or all down
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) * jnp.uint32(0x9E3779B1)
-    bits = bits ^ jax.lax.bitcast_convert_type(y, jnp.uint32)
+    bits = (bits ^ jax.lax.bitcast_convert_type(y, jnp.uint32)) + place * jnp.uint32(0x27D4EB2F)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
-
-
-def is_float(x: jax.typing.ArrayLike) -> bool:
-    """Whether x is of a real or complex floating-point dtype."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
-def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtraArgs:
-    """The transformation, made to accept extra arguments."""
-    if not isinstance(transformation, optax.GradientTransformation):
-        raise TypeError(f"{name} must be an optax.GradientTransformation; got {transformation!r}.")
-    return optax.with_extra_args_support(transformation)
-
-
-def check_int(name: str, value: Any, least: int = 1) -> None:
-    """Raises unless value is an int ≥ least."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int; got {name}={value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {name}={value}.")

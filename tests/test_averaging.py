@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params, split
@@ -82,58 +81,3 @@ def test_vmapped_axis_is_the_same_as_stacking():
     members = jax.vmap(member, axis_name="data")(split(BATCH, 4))
     for index in range(4):
         assert_close(jax.tree.map(lambda x, i=index: x[i], members), stacked_update(optax_sam.msam(0.2), 4)[0])
-
-
-@pytest.mark.parametrize(
-    ("update", "message"),
-    [
-        (
-            lambda link: link.update(jnp.ones((4, 2)), link.init(None), jnp.ones(2), grad_fn=GRAD_FN),
-            r"was given no batch\. Pass `grad_fn=jax\.grad\(loss_fn\), batch=batch`",
-        ),
-        (
-            lambda link: link.update(
-                {"w": jnp.ones((4, 2))}, link.init(None), {"w": jnp.ones(2)}, grad_fn=GRAD_FN, batch={"x": jnp.ones(3)}
-            ),
-            r"updates and batch must agree in their leading axis; got 4 in updates\['w'\], 3 in batch\['x'\]",
-        ),
-        (
-            lambda link: link.update(
-                jnp.ones((4, 2)), link.init(None), jnp.ones(2), grad_fn=GRAD_FN, batch={"x": jnp.ones([])}
-            ),
-            r"batch\['x'\] must have a leading axis to split or map over; it is a scalar",
-        ),
-        (
-            lambda link: link.update(
-                {"w": jnp.ones((4, 2))}, link.init(None), {"w": jnp.ones((4, 2))}, grad_fn=GRAD_FN, batch=jnp.ones(4)
-            ),
-            r"updates\['w'\] must have a leading axis of micro-batches in front of the shape \(4, 2\) of the param; "
-            r"got \(4, 2\).*gradient_estimator",
-        ),
-    ],
-    ids=["no batch", "sizes", "scalar", "not stacked"],
-)
-def test_unstacked_inputs_are_named(update, message):
-    with pytest.raises(ValueError, match=message):
-        update(optax_sam.msam(0.1))
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: optax_sam.micro_batched(8), TypeError, r"inner must be an optax\.GradientTransformation; got 8"),
-        (
-            lambda: optax_sam.msam(0.1, 8),
-            TypeError,
-            "axis_name must be the name of a mapped axis, or a tuple of names; got 8",
-        ),
-        (
-            lambda: optax_sam.msam(0.1, "data").update(np.ones(2), optax_sam.msam(0.1).init(None), np.ones(2)),
-            ValueError,
-            r"axis_name='data' is not a mapped axis here\. Call this under jax\.pmap",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()

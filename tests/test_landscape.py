@@ -137,26 +137,3 @@ def test_sharded_params_give_the_same(kind):
             lines, surfaces = line(sharded, batches), surface(sharded, batches=batches)
         np.testing.assert_allclose(lines.losses, line(params, ONE).losses, rtol=1e-5)
         np.testing.assert_allclose(surfaces.losses, surface(params, batches=ONE).losses, rtol=1e-5)
-
-
-along, plane = optax_sam.loss_along, optax_sam.loss_surface
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda f, w: along(f, w, {"a": w}, ONE), ValueError, "must have the same structure"),
-        (lambda f, w: along(f, w, w[:, :1], ONE), ValueError, "must have the same shapes; got .3, 2. in first"),
-        (lambda f, w: along(f, w, jnp.ones((3, 2), int), ONE), TypeError, "second is of dtype int32"),
-        (lambda f, w: along(f, w, w, ONE, h=0), ValueError, "h must be positive"),
-        (lambda f, w: along(f, w, w, ONE, 0.5), ValueError, r"positions must be .* shape \(\)"),
-        (lambda f, w: along(f, w, w, []), ValueError, "at least one batch"),
-        (lambda f, w: along(f, w, w, iter(ONE)), ValueError, "got an iterator"),
-        (lambda f, w: plane(f, w[0], ONE), ValueError, "two or more axes"),
-        (lambda f, w: plane(f, {}, ONE), ValueError, "must have leaves"),
-        (lambda f, w: plane(f, w, ONE, []), ValueError, r"positions must be .* shape \(0,\)"),
-    ],
-)
-def test_bad_input_is_explained(call, error, message):
-    with pytest.raises(error, match=message):
-        call(lambda w, x: jnp.sum(w**3) + 0 * jnp.sum(x), jnp.ones((3, 2)))

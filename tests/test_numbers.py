@@ -247,3 +247,28 @@ def test_an_ascent_along_an_average_keeps_it_behind_apply_if_finite():
     outputs, after = link.update(params * jnp.nan, state, params, grad_fn=lambda w: w * jnp.nan)
     assert np.all(np.isnan(outputs))
     assert_identical(after.ascent_state.inner_state, state.ascent_state.inner_state)
+
+
+def complex_loss(z, batch=1.0):
+    return batch * jnp.sum(jnp.abs(jnp.sin(z) - (0.3 + 0.7j)) ** 2 * jnp.array([1.0, 2.0, 3.0]))
+
+
+def conjugated_gradient(z):
+    return jnp.conj(jax.grad(complex_loss)(z))
+
+
+@pytest.mark.parametrize("recipe", [optax_sam.sam, optax_sam.usam, optax_sam.stable_sam], ids=lambda r: r.__name__)
+def test_a_complex_param_is_a_pair_of_real_ones(recipe):
+    z, link = jnp.array([1.0 + 0.5j, -0.2j, 0.3 + 0.1j]), recipe(0.2)
+    pair = {"real": z.real, "imaginary": z.imag}
+    _, real = optax_sam.value_and_grad(lambda p: complex_loss(jax.lax.complex(p["real"], p["imaginary"])), link)(pair)
+    ascent_direction = real["real"] + 1j * real["imaginary"]
+    _, gradient = optax_sam.value_and_grad(complex_loss, link)(z)  # conjugated, as that of jax.grad
+    np.testing.assert_allclose(jnp.conj(gradient), ascent_direction, rtol=1e-4)
+    for keywords in ({"grad_fn": conjugated_gradient}, {"value_fn": complex_loss}):
+        outputs, _ = link.update(conjugated_gradient(z), link.init(z), z, **keywords)
+        np.testing.assert_allclose(outputs, ascent_direction, rtol=1e-4)
+    link = optax_sam.measured(link)
+    keywords = {"value": complex_loss(z), "value_fn": complex_loss}
+    outputs, _ = link.update(conjugated_gradient(z), link.init(z), z, **keywords)
+    np.testing.assert_allclose(outputs, ascent_direction, rtol=1e-4)

@@ -80,8 +80,6 @@ def test_density_is_the_smoothed_one():
         assert axes.get_yscale() == "log"
     one_place = SpectralDensity(np.zeros((2, 3)), np.full((2, 3), 1 / 3))
     assert colored_pixels(plots.plot_spectral_density(one_place)) > 200
-    with pytest.raises(ValueError, match="width must be positive"):
-        plots.plot_spectral_density(DENSITY, width=0)
 
 
 def test_line_has_the_losses_and_on_a_second_scale_the_second_differences():

@@ -69,20 +69,3 @@ def test_averaging_inside_is_refused():
 def test_extreme_gradients_keep_their_norm():
     grads = jnp.array([1e38, 1.0, 0.0])
     assert_close(jax.jit(lambda g: renormalize(optax_sam.renormalized(scaled_by(0.5)), g))(grads), grads)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: optax_sam.renormalized(0.1), TypeError, r"inner must be an optax\.GradientTransformation; got 0\.1"),
-        (
-            lambda: optax_sam.renormalized(optax.identity(), max_scale=-1.0),
-            ValueError,
-            r"max_scale must be finite and at least 0; got max_scale=-1\.0",
-        ),
-        (lambda: optax_sam.stable_sam(0.1, max_scale="1"), TypeError, "max_scale must be a real scalar; got '1'"),
-    ],
-)
-def test_bad_arguments_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()

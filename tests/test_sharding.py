@@ -305,14 +305,3 @@ def test_unchecked_maps_must_be_told_which_leaves_are_sharded():
     mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC, check_vma=False)
     with pytest.raises(ValueError, match=r"only known under shard_map with check_vma=True. Pass `mask`"):
         jax.jit(mapped)(make_params(), BATCH)
-
-
-@pytest.mark.parametrize("axis_name", [None, 3, (), ("model", 1)])
-def test_axis_names_are_strings(axis_name):
-    with pytest.raises(TypeError, match="axis_name must be the name of a mapped axis"):
-        optax_sam.sharded(LINKS["sam"], axis_name)
-
-
-def test_inner_must_be_a_transformation():
-    with pytest.raises(TypeError, match=r"inner must be an optax.GradientTransformation"):
-        optax_sam.sharded(0.05, "model")

@@ -202,30 +202,3 @@ def test_order_of_the_examples_does_not_matter_in_float64():
 def test_average_shows_its_progress(capsys):
     optax_sam.average_sharpness(mlp_loss, mlp_params(), BATCHES, 0.1, progress=True)
     assert "0/24" in capsys.readouterr().err
-
-
-worst, average, EIGHT = optax_sam.m_sharpness, optax_sam.average_sharpness, jnp.ones(8)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda f, w: worst(f, w, EIGHT, -1.0), ValueError, "rho must be finite and at least 0"),
-        (lambda f, w: worst(f, w, EIGHT, "a"), TypeError, "rho must be a real scalar; got 'a'"),
-        (lambda f, w: worst(lambda w, x: jnp.float16(f(w, x)), w, EIGHT, 0.1), TypeError, "wider; got float16"),
-        (lambda f, w: worst(lambda w, x: w, w, EIGHT, 0.1), TypeError, "must return the loss, a scalar"),
-        (lambda f, w: worst(f, w, EIGHT, 0.1, steps=0), ValueError, "steps must be at least 1"),
-        (lambda f, w: worst(f, w, EIGHT, 0.1, 0), ValueError, "num_micro_batches must be at least 1"),
-        (lambda f, w: worst(f, w, EIGHT, 0.1, 2.0), TypeError, "num_micro_batches must be an int"),
-        (lambda f, w: worst(f, w, EIGHT, 0.1, 3), ValueError, "8"),
-        (lambda f, w: worst(f, {}, EIGHT, 0.1), ValueError, "params must have leaves"),
-        (lambda f, w: worst(f, {"n": 1}, EIGHT, 0.1), TypeError, r"params\['n'\] is of dtype int32"),
-        (lambda f, w: average(f, w, [], 0.1), ValueError, "at least one batch"),
-        (lambda f, w: average(f, w, iter(ONE), 0.1), ValueError, "got an iterator"),
-        (lambda f, w: average(f, w, ONE, -1.0), ValueError, "sigma must be finite and at least 0"),
-        (lambda f, w: average(f, w, ONE, 0.1, num_samples=1), ValueError, "num_samples must be at least 2"),
-    ],
-)
-def test_bad_input_is_explained(call, error, message):
-    with pytest.raises(error, match=message):
-        call(lambda w, x: jnp.sum(w**3) + 0 * jnp.sum(x), jnp.ones(3))

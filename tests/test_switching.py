@@ -174,42 +174,6 @@ def test_type_error_of_a_link_is_passed_on():
         link.update(jnp.ones(2), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=3)
 
 
-IDENTITY = optax.identity()
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: optax_sam.switch_at({}), ValueError, r"must begin at 0 and increase; got \[\]"),
-        (lambda: optax_sam.switch_at({5: IDENTITY}), ValueError, r"must begin at 0 and increase; got \[5\].*identity"),
-        (lambda: optax_sam.switch_at({0: IDENTITY, 9: IDENTITY, 4: IDENTITY}), ValueError, r"got \[0, 9, 4\]"),
-        (lambda: optax_sam.late(IDENTITY, -1), ValueError, "start must be at least 0; got start=-1"),
-        (lambda: optax_sam.switch_at({0: IDENTITY, 2**40: IDENTITY}), ValueError, "must fit in int32.*1099511627776"),
-        (lambda: optax_sam.switch_at({0: IDENTITY, 1.5: IDENTITY}), TypeError, r"must be ints.*got 1\.5"),
-        (lambda: optax_sam.switch_at({False: IDENTITY}), TypeError, "must be ints.*got False"),
-        (lambda: optax_sam.switch_at([IDENTITY]), TypeError, "phases must be a mapping from first step to link"),
-        (lambda: optax_sam.switch_at({0: 3}), TypeError, r"the phase from step 0 must be an optax\.GradientTransf"),
-        (lambda: optax_sam.late("sam", 3), TypeError, "the phase from step 3 must be .*; got 'sam'"),
-        (lambda: optax_sam.switch_by(3, [IDENTITY]), TypeError, "index_fn must be a function of the step; got 3"),
-        (lambda: optax_sam.switch_by(lambda step: 0, IDENTITY), TypeError, "links must be a sequence"),
-        (lambda: optax_sam.switch_by(lambda step: 0, []), ValueError, "links must hold at least one link"),
-        (
-            lambda: factors(optax_sam.switch_by(lambda step: step / 2, [IDENTITY]), 1),
-            TypeError,
-            "index_fn must return an integer or a boolean; got dtype float32",
-        ),
-        (
-            lambda: factors(optax_sam.switch_by(lambda step: jnp.zeros(2, int), [IDENTITY]), 1),
-            ValueError,
-            r"index_fn must return a scalar; got an array of shape \(2,\)",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
 def test_counter_saturates_instead_of_wrapping():
     link = optax_sam.late(times(2.0), 1)
     state = link.init(jnp.ones([]))._replace(switch_step=jnp.int32(np.iinfo(np.int32).max))

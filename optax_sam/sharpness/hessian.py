@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.ascent import check_nonnegative
+from optax_sam.checks import check_int, check_nonnegative, check_positive
 from optax_sam.sharpness.lanczos import NOT_FINITE_MESSAGE, inner_product, projections, random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
     LossFn,
+    as_positions,
     checked_loss,
     estimate,
     keys_of,
@@ -26,7 +27,6 @@ from optax_sam.sharpness.streaming import (
     shown,
     sized,
 )
-from optax_sam.transform import check_int
 
 SMALLEST = 0.01  # of the largest magnitude: below, the tolerance is absolute, and above the rounding of float32
 FEWEST_PRODUCTS = 10  # before that, an eigenvector that the first one hardly contains may be missed
@@ -62,7 +62,8 @@ class SpectralDensity(NamedTuple):
 
     def smoothed(self, positions: np.ndarray, width: float) -> np.ndarray:
         """The density at (P,) positions, as a sum of Gaussians with standard deviation ``width``."""
-        distances = (np.asarray(positions)[:, None, None] - self.nodes) / width
+        check_positive("width", width)
+        distances = (as_positions(positions)[:, None, None] - self.nodes) / width
         bells = np.exp(-0.5 * distances**2) / (width * np.sqrt(2 * np.pi))
         return np.sum(bells * self.weights, axis=(1, 2)) / len(self.nodes)
 
@@ -175,7 +176,7 @@ def hessian_trace(
         :class:`Estimate`.
 
     Raises:
-        TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
+        TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
         ValueError: fewer than 2 probes; no batches, or an iterator; params without leaves; a Hessian that is not
             finite.
 
@@ -227,7 +228,7 @@ def spectral_density(
         :class:`SpectralDensity`.
 
     Raises:
-        TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
+        TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
         ValueError: num_probes or num_products below 1; no batches, or an iterator; params without leaves; a Hessian
             that is not finite.
 

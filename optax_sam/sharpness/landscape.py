@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_sam.checks import check_alike, check_positive
 from optax_sam.sharpness.lanczos import random_vectors
-from optax_sam.sharpness.streaming import LossFn, loss_of_sum, means_over, on_host
+from optax_sam.sharpness.streaming import LossFn, as_positions, keys_of, loss_of_sum, means_over, on_host
 
 
 class Line(NamedTuple):
@@ -72,9 +73,9 @@ def loss_along(
         :class:`Line`.
 
     Raises:
-        TypeError: params that are not all real floating-point arrays.
-        ValueError: h ≤ 0, positions of another shape, no batches, an iterator, or trees that differ in structure or
-            shapes.
+        TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
+        ValueError: h ≤ 0, positions of another shape or not finite, no batches, an iterator, or trees that differ in
+            structure or shapes.
 
     Example:
         >>> line = loss_along(lambda w, x: jnp.mean(x) * w**2, 0.0, 1.0, batches=[jnp.ones(4)], positions=[0.0, 1.0])
@@ -86,10 +87,9 @@ def loss_along(
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
     first, second = on_host("first", first), on_host("second", second)
-    _check_alike(first, second)
-    if not 0 < h < np.inf:
-        raise ValueError(f"h must be positive; got {h=}.")
-    positions = _as_positions(np.linspace(-0.2, 1.2, 29) if positions is None else positions)
+    check_alike("second", second, "first", first)
+    check_positive("h", h)
+    positions = as_positions(np.linspace(-0.2, 1.2, 29) if positions is None else positions)
     # Neighbours that coincide to rounding are evaluated once.
     points = np.unique(np.round(np.concatenate([positions - h, positions, positions + h]), 12))
     loss = loss_of_sum(loss_fn)
@@ -126,8 +126,9 @@ def loss_surface(
         :class:`Surface`; it takes the loss of all batches at P² points.
 
     Raises:
-        TypeError: params that are not all real floating-point arrays.
-        ValueError: positions of another shape, no batches, an iterator, or params without leaves of two axes.
+        TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
+        ValueError: positions of another shape or not finite, no batches, an iterator, or params without leaves of two
+            axes.
 
     Example:
         >>> loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(w**2)
@@ -142,11 +143,11 @@ def loss_surface(
     """
     params = on_host("params", params)
     if all(leaf.ndim < 2 for leaf in jax.tree.leaves(params)):
-        raise ValueError("params must have a leaf of two or more axes: only those have filters that can be normalized.")
-    positions = _as_positions(np.linspace(-1, 1, 21) if positions is None else positions)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+        raise ValueError(f"params must have a leaf of two or more axes, with filters to normalize; got {shapes=}.")
+    positions = as_positions(np.linspace(-1, 1, 21) if positions is None else positions)
     draw = random_vectors(jax.random.normal, params)
-    keys = jax.random.split(jax.random.key(0) if key is None else key)
-    trees = params, *(_filter_normalized(draw(k), params) for k in keys)
+    trees = params, *(_filter_normalized(draw(k), params) for k in keys_of(key, 2))
     loss = loss_of_sum(loss_fn)
     points = [(1.0, x, y) for x in positions.tolist() for y in positions.tolist()]
     losses = means_over(batches, points, lambda point, batch: loss(point, trees, batch), progress)
@@ -165,26 +166,3 @@ def _filter_normalized(direction: Any, params: Any) -> Any:
         return d * jnp.broadcast_to(ratio, d.shape)
 
     return jax.tree.map(normalized, direction, params)
-
-
-def _as_positions(positions: Any) -> np.ndarray:
-    positions = np.asarray(positions, np.float64)
-    if positions.ndim != 1 or not positions.size:
-        raise ValueError(f"positions must be a list of numbers; got an array of shape {positions.shape}.")
-    return positions
-
-
-def _check_alike(first: Any, second: Any) -> None:
-    """Raises unless both trees have the same structure and shapes."""
-    if jax.tree.structure(first) != jax.tree.structure(second):
-        raise ValueError(
-            f"first and second must have the same structure; got {jax.tree.structure(first)} and "
-            f"{jax.tree.structure(second)}."
-        )
-    for (path, leaf), other in zip(jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True):
-        if leaf.shape != other.shape:
-            where = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"first and second must have the same shapes; got {leaf.shape} in first{where} and {other.shape} in "
-                f"second{where}."
-            )

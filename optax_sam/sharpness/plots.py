@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from optax_sam.checks import check_positive
 from optax_sam.sharpness.hessian import Eigenvalues, SpectralDensity
 from optax_sam.sharpness.landscape import Line, Surface
 
@@ -74,8 +75,7 @@ def plot_spectral_density(
     low, high = float(np.min(density.nodes)), float(np.max(density.nodes))
     if width is None:
         width = (high - low or abs(high) or 1.0) / 100
-    if not width > 0:
-        raise ValueError(f"width must be positive; got {width=}.")
+    check_positive("width", width)
     axes = _axes(axes)
     positions = np.linspace(low - 5 * width, high + 5 * width, 2_001)
     values = density.smoothed(positions, width)

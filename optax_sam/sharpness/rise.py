@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import check_nonnegative, normalized_ascent
+from optax_sam.ascent import normalized_ascent
 from optax_sam.axes import varying_axes
+from optax_sam.checks import check_int, check_nonnegative
 from optax_sam.convolution import canonicalized
-from optax_sam.micro_batches import mean_over_shards
+from optax_sam.micro_batches import check_batch, mean_over_shards
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
@@ -28,7 +29,6 @@ from optax_sam.sharpness.streaming import (
     on_host,
     once_per_loss,
 )
-from optax_sam.transform import check_int
 
 
 def m_sharpness(
@@ -75,6 +75,7 @@ def m_sharpness(
     check_nonnegative("rho", rho)
     check_int("num_micro_batches", num_micro_batches)
     check_int("steps", steps)
+    check_batch((batch,), num_micro_batches)
     return _worst_rise(loss_fn, num_micro_batches, steps)(params, rho, batch)
 
 
@@ -106,7 +107,7 @@ def average_sharpness(
         :class:`Estimate`.
 
     Raises:
-        TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
+        TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
         ValueError: sigma < 0 or fewer than 2 samples; no batches, or an iterator; params without leaves.
 
     Example:

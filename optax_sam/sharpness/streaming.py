@@ -21,6 +21,7 @@ from jax.core import Tracer
 
 from optax_sam.ascent import widen
 from optax_sam.averaging import leading_size
+from optax_sam.checks import check_choice, check_floating, check_function, check_loss, is_real
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -51,12 +52,7 @@ def as_real(name: str, params: Any) -> Any:
     """The tree as arrays of float32 or wider; raises where that is not what they stand for."""
     if not jax.tree.leaves(params):
         raise ValueError(f"{name} must have leaves; got an empty tree.")
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"The leaves of {name} must be real floating-point arrays; {name}{jax.tree_util.keystr(path)} is of "
-                f"dtype {jnp.result_type(leaf)}. Let loss_fn close over what is no such param."
-            )
+    check_floating(name, params, np.floating)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, widen(leaf).dtype), params)
 
 
@@ -79,10 +75,7 @@ def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         )
     batch = no_batch = object()
     for batch in batches:
-        size = leading_size(batch=batch)
-        if size == 0:
-            raise ValueError("batches must not hold a batch without examples.")
-        yield size or 1, batch
+        yield leading_size(batch=batch) or 1, batch
     if batch is no_batch:
         raise ValueError("batches must hold at least one batch; got none.")
 
@@ -109,8 +102,7 @@ def once_per_loss(compile_for: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compile_for)
     def find(loss_fn: LossFn, *options: Any) -> Any:
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be a function of params and a batch; got {loss_fn!r}.")
+        check_function("loss_fn", loss_fn, "params and a batch")
         try:
             hash(loss_fn)
         except TypeError as error:
@@ -137,12 +129,12 @@ def loss_of_sum(loss_fn: LossFn) -> Callable[..., jax.Array]:
 
 def checked_loss(loss: Any) -> jax.Array:
     """The loss, refused where it is no scalar, or so narrow that differences would be rounding."""
-    if not hasattr(loss, "dtype") or jnp.shape(loss):
-        raise TypeError(f"loss_fn must return the loss, a scalar; got {loss!r}. Take it out of what has_aux returns.")
-    if not jnp.issubdtype(loss.dtype, jnp.floating) or jnp.finfo(loss.dtype).bits < 32:
+    check_loss("what loss_fn returns", loss)
+    dtype = jnp.result_type(loss)
+    if jnp.finfo(dtype).bits < 32:
         raise TypeError(
-            f"loss_fn must return float32 or wider; got {loss.dtype}, in which sharpness would be rounding. Cast the "
-            "logits to float32 before the loss."
+            f"loss_fn must return float32 or wider; got {dtype}, in which sharpness would be rounding. Cast the logits "
+            "to float32 before the loss."
         )
     return loss
 
@@ -154,11 +146,27 @@ def estimate(samples: Any) -> Estimate:
 
 def keys_of(key: jax.Array | None, number: int) -> list[jax.Array]:
     """So many keys from one, or from a fixed one."""
-    return list(jax.random.split(jax.random.key(0) if key is None else key, number))
+    try:
+        return list(jax.random.split(jax.random.key(0) if key is None else key, number))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"key must be a single one, such as jax.random.key(0), or None; got {key!r}.") from error
+
+
+def as_positions(positions: Any) -> np.ndarray:
+    """Positions (P,) as float64."""
+    array = np.asarray(positions)
+    if not is_real(array.dtype):
+        raise TypeError(f"positions must be a list of real numbers; got {positions!r}.")
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"positions must be a list of numbers; got an array of shape {array.shape}.")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"positions must be finite; got {positions!r}.")
+    return array.astype(np.float64)
 
 
 def shown(items: Iterable[Any], progress: bool, total: int | None, name: str) -> Iterable[Any]:
     """The items, under a progress bar if asked for."""
+    check_choice("progress", progress, (True, False))
     if not progress:
         return items
     try:
