@@ -1,6 +1,6 @@
 """Where ``optax.contrib.sam`` breaks, and what ``optax_sam`` does there: both are run, side by side.
 
-    python benchmarks/faults.py
+    python -m benchmarks.faults
 
 Every check compares with a closed form, or with NumPy in float64, and never with what a library returned. A fault that
 the installed Optax does not have is said not to reproduce.
@@ -668,8 +668,9 @@ def main() -> None:
     as_markdown = parser.parse_args().markdown
     rows = compare()
     print(markdown(rows) if as_markdown else table(rows))
-    results = {"command": "python benchmarks/faults.py", **timing.environment(), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
+    if as_markdown:
+        return
+    results = {"command": "python -m benchmarks.faults", **timing.environment(), "rows": rows}
     (RESULTS / "faults.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 History = dict[str, list[float]]
 DIGESTS = "digests.json"
-NOTHING_SAVED, ALL_DAMAGED = -1, -2
+NOTHING_SAVED, ALL_DAMAGED, UNREADABLE = -1, -2, -3
 
 
 class Checkpoints:
@@ -94,10 +94,15 @@ def handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 def newest_sound_epoch(manager: ocp.CheckpointManager) -> int | None:
     """The epoch of the last checkpoint that is not damaged, the same in all processes; None where nothing was saved."""
-    folder, epoch = pathlib.Path(manager.directory), NOTHING_SAVED
+    folder, epoch, failure = pathlib.Path(manager.directory), NOTHING_SAVED, None
     if jax.process_index() == 0:
-        epoch = set_damaged_aside(folder, manager.all_steps())
+        try:
+            epoch = set_damaged_aside(folder, manager.all_steps())
+        except OSError as error:
+            epoch, failure = UNREADABLE, error
     epoch = int(multihost_utils.broadcast_one_to_all(np.int32(epoch)))
+    if epoch == UNREADABLE:
+        raise failure or OSError(f"process 0 could not read or rename the checkpoints in {folder}")
     if epoch == ALL_DAMAGED:
         damages = "; ".join(f"{epoch}: {damage(folder / str(epoch))}" for epoch in manager.all_steps())
         raise ValueError(
@@ -133,10 +138,13 @@ def damage(checkpoint: pathlib.Path) -> str | None:
     for item in items:
         name = DIGESTS
         try:
-            for name, expected in json.loads((item / DIGESTS).read_bytes()).items():
+            digests = json.loads((item / DIGESTS).read_bytes())
+            if not digests or not isinstance(digests, dict):
+                return f"{item.name}/{DIGESTS} is not as it was saved"
+            for name, expected in digests.items():
                 if digest(item / name) != expected:
                     return f"{item.name}/{name} is not as it was saved"
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             return f"{item.name}/{name}: {error.strerror}"
         except ValueError:
             return f"{item.name}/{DIGESTS} is not as it was saved"
@@ -164,8 +172,10 @@ def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         return
     try:
         saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is damaged (it holds {saved!r}); choose another folder")
     changed = [name for name in settings if saved.get(name) != settings[name]]
     if changed:
         differences = ", ".join(f"{name} {saved.get(name)} → {settings[name]}" for name in changed)

@@ -89,7 +89,8 @@ def gradient_estimator(
 
     Returns:
         A :class:`GradientEstimator`. Gradients have the structure, shapes and dtypes that ``jax.grad(loss_fn)``
-        returns. Those of complex leaves are conjugated on the way to the link, as Optax wants them, and back.
+        returns. Those of complex leaves are conjugated on the way to the link, as Optax wants them, and back; where the
+        link is a whole optimizer, conjugate its updates once more.
 
     Raises:
         TypeError: an argument is of the wrong type; when called: params that are not all floating-point arrays, or

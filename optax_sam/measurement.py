@@ -75,7 +75,7 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
     - ``grad_fn``, where given, keeps precedence over the gradient of ``value_fn``, which is then evaluated for the
       loss alone: one more forward pass, unless XLA finds it in ``grad_fn``;
     - ``value_and_grad_fn``, where given, replaces both. It is a function of the same arguments that returns the loss
-      and the gradient, for instance averaged over devices.
+      and the gradient, for instance averaged over devices (of complex params conjugated, as ``updates`` are).
 
     Args:
         link: link to measure, or another transformation such as ``optax.identity()``.

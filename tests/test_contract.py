@@ -139,15 +139,10 @@ def test_rho_can_be_an_injected_hyperparameter(member):
 @every_member
 def test_any_place_in_a_chain(member):
     batch, params = batch_for(member), mlp_params()
-    link, rest = member.make(RHO), [optax.clip_by_global_norm(1.0), optax.adamw(0.1)]
-    chains = [
-        optax.chain(link, *rest),
-        optax.chain(optax.chain(optax.identity(), link), optax.chain(*rest)),
-        optax.named_chain(("sam", link), ("clip", rest[0]), ("adamw", rest[1])),
-    ]
-    first, *others = [active_output(tx, params, batch, mlp_loss, member.stacked) for tx in chains]
-    for other in others:
-        assert_identical(other, first)
+    link, rest = member.make(RHO), [optax.clip_by_global_norm(1.0), optax.sgd(0.1)]
+    nested = optax.chain(optax.chain(optax.identity(), link), optax.chain(*rest))
+    named = optax.named_chain(("sam", link), ("clip", rest[0]), ("sgd", rest[1]))
+    assert_identical(*(active_output(tx, params, batch, mlp_loss, member.stacked) for tx in (nested, named)))
 
 
 @every_combinator

@@ -123,6 +123,12 @@ def test_an_arithmetic_switch_loses_the_momentum():
     assert "nan" in outcome.text
 
 
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.number)
+def test_contrib_breaks_as_recorded(fault):
+    rows = json.loads((faults.RESULTS / "faults.json").read_text())["rows"]
+    assert fault.contrib().is_right == rows[fault.number - 1]["contrib_is_right"]
+
+
 def test_the_readme_has_the_table():
     rows = json.loads((faults.RESULTS / "faults.json").read_text())["rows"]
     assert faults.markdown(rows) in (faults.RESULTS.parents[1] / "README.md").read_text()

@@ -1,6 +1,7 @@
 """Runs that are killed and resumed, on other devices too, and checkpoints that are damaged."""
 
 import concurrent.futures
+import errno
 import json
 import os
 import pathlib
@@ -162,6 +163,24 @@ def test_all_damaged_is_refused_and_nothing_changed(damage, stopped):
     before = contents(stopped)
     message = rf"all checkpoints in {stopped} are damaged \(2: history/metadata.*; 3: state/_METADATA.*\); put back"
     with pytest.raises(ValueError, match=message):
+        train(stopped)
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "3"])
+def test_a_list_of_digests_that_is_none_is_damage(text, stopped, unbroken, capsys):
+    (stopped / "3/state/digests.json").write_text(text)
+    assert_identical(train(stopped), unbroken)
+    assert "(state/digests.json is not as it was saved): it is now 3.damaged-1" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(stopped, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    before = contents(stopped)
+    monkeypatch.setattr(checkpoints, "digest", refuse)
+    with pytest.raises(OSError, match=r"Too many open files: .*/3/state/"):
         train(stopped)
     assert contents(stopped) == before
 
