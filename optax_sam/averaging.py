@@ -4,6 +4,7 @@ Averaging after the ascent is mSAM: each micro-batch has its own ε. Averaging b
 all; that is the plain link, fed with averaged gradients and a ``grad_fn`` that returns averaged gradients.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +77,17 @@ def micro_batched(
             return inner.update(gradient, state, params, batch=micro_batch, **extra_args)
 
         note_average("a leading axis of micro-batches")
-        return mean_of_stack(jax.vmap(update_one)(updates, batch))
+        with _mesh_of(updates):
+            return mean_of_stack(jax.vmap(update_one)(updates, batch))
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _mesh_of(stacks: Any) -> contextlib.AbstractContextManager[Any]:
+    """An Explicit mesh of the arrays, as context: without it ``vmap`` cannot branch where they are sharded."""
+    meshes = {jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(stacks)}
+    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
+    return jax.sharding.use_abstract_mesh(explicit[0]) if explicit else contextlib.nullcontext()
 
 
 def _over_axes(inner: optax.GradientTransformationExtraArgs, axes: tuple[str, ...]) -> optax.TransformUpdateExtraArgsFn:

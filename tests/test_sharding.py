@@ -275,6 +275,25 @@ def test_micro_batches_with_sharded_params_under_jit_equal_one_device(axis_type)
     assert_close(jax.device_get(actual[1]), expected_gradient(LINKS["stable_sam"], num_micro_batches=4))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="jnp.where under vmap fails there on an Explicit mesh")
+@pytest.mark.parametrize("link", [LINKS["sam"], LINKS["stable_sam"], LINKS["late"]], ids=["sam", "stable_sam", "late"])
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("model")], ids=["replicated", "sharded"])
+def test_stacked_micro_batches_spread_over_an_explicit_mesh_equal_one_device(link, spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    params, batch = jnp.linspace(-1.0, 1.0, 6), jnp.sin(jnp.arange(72.0)).reshape(4, 3, 6)
+    link = optax_sam.micro_batched(link)
+
+    def step(params, batch):
+        loss_fn = lambda w, x: jnp.mean(jnp.sum((x - w[None]) ** 4, axis=-1))  # noqa: E731
+        grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, batch)
+        return link.update(grads, link.init(params), params, grad_fn=jax.grad(loss_fn), batch=batch)[0]
+
+    batch_sharding = NamedSharding(mesh, PartitionSpec("data", None, *spec))
+    actual = jax.jit(step)(jax.device_put(params, NamedSharding(mesh, spec)), jax.device_put(batch, batch_sharding))
+    assert actual.sharding.is_equivalent_to(NamedSharding(mesh, spec), 1)
+    assert_close(jax.device_get(actual), jax.device_get(step(params, batch)))
+
+
 def test_network_of_its_own_on_each_member():
     mesh = jax.make_mesh((DEVICES,), ("member",), axis_types=(AxisType.Auto,))
     scales = jnp.arange(1.0, DEVICES + 1)
