@@ -58,7 +58,8 @@ def renormalized(
                 "`micro_batched(renormalized(inner))`."
             )
         norm, target = norm_of(outputs, shards), norm_of(updates, shards)
-        scale = divide(target.ratio, norm.ratio) * (target.unit / norm.unit)
+        gap = jnp.sqrt(target.unit) / jnp.sqrt(norm.unit)  # its square may overflow where the scale does not
+        scale = divide(target.ratio, norm.ratio) * gap * gap
         if max_scale is not None:
             scale = jnp.minimum(scale, jnp.asarray(max_scale).astype(scale.dtype))
         return jax.tree.map(lambda s: rescale(s, jnp.ones_like(scale), scale), outputs), state

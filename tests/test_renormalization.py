@@ -66,6 +66,14 @@ def test_averaging_inside_is_refused():
         link.update(jnp.ones((4, 2)), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=lambda p, b: p, batch=jnp.ones(4))
 
 
+@pytest.mark.parametrize(("size", "factor"), [(1e15, 1e-10), (1e-15, 1e10), (1e20, 1e-35), (1e-15, 1e35)])
+def test_norms_of_very_different_sizes(size, factor):
+    grads = jnp.array([3.0, -4.0]) * size
+    link = optax_sam.renormalized(optax.scale(factor))
+    for update in (link.update, jax.jit(link.update)):
+        np.testing.assert_allclose(update(grads, link.init(grads))[0], grads, rtol=1e-5)
+
+
 def test_extreme_gradients_keep_their_norm():
     grads = jnp.array([1e38, 1.0, 0.0])
     assert_close(jax.jit(lambda g: renormalize(optax_sam.renormalized(scaled_by(0.5)), g))(grads), grads)
