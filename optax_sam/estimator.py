@@ -17,7 +17,7 @@ import optax
 from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
 from optax_sam.axes import AxisNames, as_axes, check_mapped, vary
 from optax_sam.checks import as_link, check_choice, check_floating, check_function, check_int, check_loss, check_pair
-from optax_sam.micro_batches import STRATEGIES, check_batch, check_divisible, mean_over_shards
+from optax_sam.micro_batches import STRATEGIES, check_batch, check_divisible, mean_over_micro_batches
 from optax_sam.sharding import mesh_axes_of_examples, num_devices, on_each_device
 from optax_sam.transform import check_not_summed, conjugated
 
@@ -127,7 +127,7 @@ def gradient_estimator(
             'number of devices, and one ε for all is ascent_per="batch".'
         )
     estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes)
-    return GradientEstimator(link.init, _of_this_state(link.init, _on_the_devices_of_the_batch(estimate)))
+    return GradientEstimator(link.init, _checked_arguments(link.init, _on_the_devices_of_the_batch(estimate)))
 
 
 class _Estimate(NamedTuple):
@@ -175,7 +175,7 @@ class _Estimate(NamedTuple):
                 arguments, keywords = _fold_keys((arguments, keywords), self._shard_number(index))
                 return evaluate(lambda params: self._checked(self.loss_fn(params, *arguments, **keywords)))
 
-            return mean_over_shards(evaluate_one, args, kwargs, self.num_shards, self.strategy)
+            return mean_over_micro_batches(evaluate_one, args, kwargs, self.num_shards, self.strategy)
 
         def over_devices(tree):
             return mean_over_axes(tree, self.axes) if self.axes else tree
@@ -223,21 +223,18 @@ def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
     return value_and_grad
 
 
-def _of_this_state(init: Callable[[Any], optax.OptState], function: ValueAndGradFn) -> ValueAndGradFn:
-    """The function, which blames a state of another structure than that of ``init`` for an error."""
+def _checked_arguments(init: Callable[[Any], optax.OptState], function: ValueAndGradFn) -> ValueAndGradFn:
+    """The function; raises unless params are floating-point and the state has the structure that ``init`` makes."""
 
     def value_and_grad(params, state, /, *args, **kwargs):
         check_floating("params", params)
-        try:
-            return function(params, state, *args, **kwargs)
-        except (AttributeError, TypeError, ValueError) as error:
-            structure, expected = jax.tree.structure(state), jax.tree.structure(jax.eval_shape(init, params))
-            if structure == expected:
-                raise
+        structure, expected = jax.tree.structure(state), jax.tree.structure(jax.eval_shape(init, params))
+        if structure != expected:
             raise ValueError(
                 f"state must be what init(params) or the last value_and_grad returned, {expected}; got {structure}. "
                 "Call value_and_grad(params, state, batch)."
-            ) from error
+            )
+        return function(params, state, *args, **kwargs)
 
     return value_and_grad
 

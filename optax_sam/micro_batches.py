@@ -19,7 +19,7 @@ STRATEGIES = ("auto", "vmap", "scan", "unroll")
 PAIRED_BYTES = 1 << 22  # up to this size of gradients, two at a time stay in the caches
 
 
-def mean_over_shards(
+def mean_over_micro_batches(
     evaluate: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict, num_shards: int, strategy: str
 ) -> Any:
     """The mean of ``evaluate(index, args, kwargs)`` over the shards of the batch, ``args[0]``."""

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optax_sam
+from benchmarks import fault_checks as checks
 from benchmarks import faults
 
 RECORDED = json.loads((faults.RESULTS / "faults.json").read_text(encoding="utf-8"))["rows"]
@@ -77,31 +78,31 @@ def trusting(rho, base):
 
 
 def every_leaf():
-    return optax.chain(optax_sam.sam(faults.RHO), optax.sgd(0.1))
+    return optax.chain(optax_sam.sam(checks.RHO), optax.sgd(0.1))
 
 
 @pytest.mark.parametrize(
     ("check", "shown"),
     [
-        (lambda: faults.zero_gradient(textbook), "by nan"),
-        (lambda: faults.perturbation_length(textbook, faults.small_gradient()), "inf ρ"),
-        (lambda: faults.perturbation_length(textbook, faults.many_leaves()), "1.40"),
-        (lambda: faults.moved_params(textbook, np.full(1000, 1.5), np.ones(1000)), "0 of 1,000"),
-        (lambda: faults.accumulated("", faults.outside(textbook)), "only the last of 4"),
-        (lambda: faults.accumulated("", faults.inside(textbook)), "as it is mSAM"),
-        (lambda: faults.switched_off(faults.chained(0.1, optax.sgd(0.5))), "go 2"),
-        (lambda: faults.scheduled("", faults.chained(0.1, optax.sgd(0.1))), "0.10, 0.10, 0.10"),
-        (lambda: faults.donated("", donated_twice, 2), "JaxRuntimeError"),
-        (lambda: faults.donated("", without_sam, 2), "off by"),
-        (lambda: faults.looped("", without_sam, optax.identity(), 2), "off by"),
-        (lambda: faults.clipped_and_decayed("", faults.in_front(faults.chained)), "decay 0.00"),
-        (lambda: faults.only_first(every_leaf()), "the second by 0."),
-        (lambda: faults.grouped("", lambda base: faults.partition(textbook(0.5, base))), "TypeError"),
-        (lambda: faults.grouped("", lambda base: without_sam(0.5, faults.partition(base))), "off by"),
-        (lambda: faults.tupled(trusting), "tuple of 2"),
-        (lambda: faults.seen_params(faults.transparent_tallied, 4), "2 of 4"),
-        (lambda: faults.one_step(without_sam), "off by"),
-        (lambda: faults.one_step(added_guard), "off by"),
+        (lambda: checks.zero_gradient(textbook), "by nan"),
+        (lambda: checks.perturbation_length(textbook, checks.small_gradient()), "inf ρ"),
+        (lambda: checks.perturbation_length(textbook, checks.many_leaves()), "1.40"),
+        (lambda: checks.moved_params(textbook, np.full(1000, 1.5), np.ones(1000)), "0 of 1,000"),
+        (lambda: checks.accumulated("", checks.outside(textbook)), "only the last of 4"),
+        (lambda: checks.accumulated("", checks.inside(textbook)), "as it is mSAM"),
+        (lambda: checks.switched_off(checks.chained(0.1, optax.sgd(0.5))), "go 2"),
+        (lambda: checks.scheduled("", checks.chained(0.1, optax.sgd(0.1))), "0.10, 0.10, 0.10"),
+        (lambda: checks.donated("", donated_twice, 2), "JaxRuntimeError"),
+        (lambda: checks.donated("", without_sam, 2), "off by"),
+        (lambda: checks.looped("", without_sam, optax.identity(), 2), "off by"),
+        (lambda: checks.clipped_and_decayed("", checks.in_front(checks.chained)), "decay 0.00"),
+        (lambda: checks.only_first(every_leaf()), "the second by 0."),
+        (lambda: checks.grouped("", lambda base: checks.partition(textbook(0.5, base))), "TypeError"),
+        (lambda: checks.grouped("", lambda base: without_sam(0.5, checks.partition(base))), "off by"),
+        (lambda: checks.tupled(trusting), "tuple of 2"),
+        (lambda: checks.seen_params(checks.transparent_tallied, 4), "2 of 4"),
+        (lambda: checks.one_step(without_sam), "off by"),
+        (lambda: checks.one_step(added_guard), "off by"),
     ],
 )
 def test_checks_find_a_broken_link(check, shown):
@@ -118,7 +119,7 @@ def test_an_arithmetic_switch_loses_the_momentum():
         odd = state["odd"]
         return updates, {"trace": odd * grad_fn(params) + (1 - odd) * state["trace"], "odd": 1 - odd}
 
-    outcome = faults.momentum_after_inf(optax.GradientTransformationExtraArgs(init, update))
+    outcome = checks.momentum_after_inf(optax.GradientTransformationExtraArgs(init, update))
     assert not outcome.is_right
     assert "nan" in outcome.text
 

@@ -16,7 +16,7 @@ from registry import MEMBERS, RHO, SWITCH, every_member
 
 import optax_sam
 from optax_sam.ascent import norm_of
-from optax_sam.micro_batches import mean_over_shards
+from optax_sam.micro_batches import mean_over_micro_batches
 
 STEPS, START = 50, 20  # of the comparison with NumPy, and its switch
 BALL = functools.partial(optax.projections.projection_l2_ball, scale=0.12)
@@ -161,7 +161,7 @@ def test_any_mapping_switches_at_its_keys(later):
 def test_means_over_any_number_of_micro_batches(num_shards, size, strategy):
     batch = np.random.default_rng(0).normal(size=(num_shards * size, 2)).astype(np.float32)
     evaluate = lambda index, args, kwargs: jnp.max(args[0], axis=0)  # noqa: E731
-    mean = mean_over_shards(evaluate, (batch,), {}, num_shards, strategy)
+    mean = mean_over_micro_batches(evaluate, (batch,), {}, num_shards, strategy)
     expected = batch.reshape(num_shards, size, 2).max(axis=1).mean(axis=0)
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
 

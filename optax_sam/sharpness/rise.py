@@ -15,7 +15,7 @@ from optax_sam.ascent import normalized_ascent
 from optax_sam.axes import varying_axes
 from optax_sam.checks import check_int, check_nonnegative
 from optax_sam.convolution import canonicalized
-from optax_sam.micro_batches import check_batch, mean_over_shards
+from optax_sam.micro_batches import check_batch, mean_over_micro_batches
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
@@ -156,7 +156,7 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
         def evaluate(_index, args, _kwargs):
             return rise_of_one(params, rho, *args)
 
-        return mean_over_shards(evaluate, (batch,), {}, num_micro_batches, "auto")
+        return mean_over_micro_batches(evaluate, (batch,), {}, num_micro_batches, "auto")
 
     return jax.jit(rise)
 
