@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from optax_sam.axes import Declared, axes_of_leaves, vary
-from optax_sam.checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, is_float
+from optax_sam.checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, check_state, is_float
 
 
 class AscentState(NamedTuple):
@@ -168,6 +168,7 @@ def _ascent(
         del extra_args
         if schedule is None:
             return perturbation(rho, updates, params, shards), state
+        check_state(state, AscentState)
         radius = schedule(state.ascent_step)
         check_real("rho(step)", radius)
         next_step = jnp.asarray(optax.safe_increment(state.ascent_step))

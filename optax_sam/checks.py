@@ -15,6 +15,10 @@ NO_PARAMS_MESSAGE = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
     "when calling `update`."
 )
+ONLY_PARAMS = (
+    "Let the loss close over what is not trained; of a whole model take the params, with "
+    "`eqx.partition(model, eqx.is_inexact_array)` or `nnx.split(model, nnx.Param, ...)`"
+)
 
 
 def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtraArgs:
@@ -22,6 +26,16 @@ def as_link(name: str, transformation: Any) -> optax.GradientTransformationExtra
     if not isinstance(transformation, optax.GradientTransformation):
         raise TypeError(f"{name} must be an optax.GradientTransformation; got {transformation!r}.")
     return optax.with_extra_args_support(transformation)
+
+
+def check_state(state: Any, kind: type[Any]) -> None:
+    """Raises unless state is of the kind that the ``init`` of a transformation makes."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be what init(params) or the last update returned, here with a {kind.__name__}; got "
+            f"{jax.tree.structure(state)}. Call `tx.update(grads, state, params)` with the state of all of tx; one "
+            "that was restored from a checkpoint without a target has lost its types."
+        )
 
 
 def check_function(name: str, function: Any, arguments: str) -> None:
@@ -81,14 +95,14 @@ def is_float(x: jax.typing.ArrayLike) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def check_floating(name: str, tree: Any, kind: type[np.inexact] = np.inexact) -> None:
+def check_floating(name: str, tree: Any, kind: type[np.inexact] = np.inexact, cure: str = ONLY_PARAMS) -> None:
     """Raises unless all leaves are of a floating-point dtype of this kind."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, kind):
             raise TypeError(
                 f"{name} must have {'real ' if kind is np.floating else ''}floating-point leaves; got dtype {dtype} at "
-                f"{_place(path)}. Let the loss close over what is not trained."
+                f"{_place(path)}. {cure}."
             )
 
 

@@ -55,7 +55,8 @@ def gradient_estimator(
 ) -> GradientEstimator:
     r"""Applies a link to a loss function: one call returns the loss, the link's gradient and the link's new state.
 
-    The batch is split into ``num_micro_batches`` contiguous shards. ``ascent_per`` says what one ε is computed from:
+    The batch is split into ``num_micro_batches`` contiguous parts of equal size. ``ascent_per`` says what one ε
+    is computed from:
 
     - ``"micro_batch"``: each micro-batch has its own ε; their SAM gradients are averaged. This is mSAM.
     - ``"batch"``: clean gradients are averaged over all micro-batches (and devices), then there is one ε for all.
@@ -84,7 +85,7 @@ def gradient_estimator(
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
             one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``; under it "scan", two at a
             time if M is even and the gradient is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
-        axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further shards of the
+        axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further parts of the
             batch; results are averaged over it. Params and state are the same on every member.
 
     Returns:
@@ -136,7 +137,7 @@ class _Estimate(NamedTuple):
     loss_fn: Callable[..., Any]
     link: optax.GradientTransformationExtraArgs
     has_aux: bool
-    num_shards: int
+    num_micro_batches: int
     ascent_per: str
     strategy: str
     axes: tuple[str, ...]
@@ -170,24 +171,24 @@ class _Estimate(NamedTuple):
             outputs, next_state = self.link.update(clean, state, params, **extra_args)
             return (loss, aux) if self.has_aux else loss, conjugated(outputs), next_state
 
-        def over_shards(evaluate):
+        def over_micro_batches(evaluate):
             def evaluate_one(index, arguments, keywords):
-                arguments, keywords = _fold_keys((arguments, keywords), self._shard_number(index))
+                arguments, keywords = _fold_keys((arguments, keywords), self._micro_batch_number(index))
                 return evaluate(lambda params: self._checked(self.loss_fn(params, *arguments, **keywords)))
 
-            return mean_over_micro_batches(evaluate_one, args, kwargs, self.num_shards, self.strategy)
+            return mean_over_micro_batches(evaluate_one, args, kwargs, self.num_micro_batches, self.strategy)
 
         def over_devices(tree):
             return mean_over_axes(tree, self.axes) if self.axes else tree
 
-        if self.num_shards > 1 and self.axes:
+        if self.num_micro_batches > 1 and self.axes:
             members = jax.lax.axis_size(self.axes)
-            check_divisible((leading_size(batch=args[0]) or 0) * members, members, self.num_shards)
+            check_divisible((leading_size(batch=args[0]) or 0) * members, members, self.num_micro_batches)
         if self.ascent_per == "micro_batch":
-            return over_devices(over_shards(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
+            return over_devices(over_micro_batches(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
         if self.ascent_per == "device":
-            return over_devices(apply_link(over_shards))
-        return apply_link(lambda evaluate: over_devices(over_shards(evaluate)))
+            return over_devices(apply_link(over_micro_batches))
+        return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
 
     def _checked(self, value: Any) -> Any:
         """What loss_fn returned, refused unless that is the loss, or the loss and aux."""
@@ -198,25 +199,25 @@ class _Estimate(NamedTuple):
             check_loss("what loss_fn returns", value, cure="for (loss, aux) pass has_aux=True")
         return value
 
-    def _shard_number(self, index: Any) -> Any:
+    def _micro_batch_number(self, index: Any) -> Any:
         """The index of a micro-batch, counted over all members of the axes; None where there is only one."""
-        if self.num_shards * (jax.lax.axis_size(self.axes) if self.axes else 1) == 1:
+        if self.num_micro_batches * (jax.lax.axis_size(self.axes) if self.axes else 1) == 1:
             return None
-        return jax.lax.axis_index(self.axes) * self.num_shards + index if self.axes else index
+        return jax.lax.axis_index(self.axes) * self.num_micro_batches + index if self.axes else index
 
 
 def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
     """``estimate.run``, on each device by itself where it is known to hold whole micro-batches: no example moves."""
 
     def value_and_grad(params, state, /, *args, **kwargs):
-        num_shards = estimate.num_shards
-        check_batch(args, num_shards)
-        if num_shards > 1:
+        num_micro_batches = estimate.num_micro_batches
+        check_batch(args, num_micro_batches)
+        if num_micro_batches > 1:
             mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
             devices = num_devices(mesh, mesh_axes)
-            if mesh_axes and num_shards % devices == 0 and not estimate.axes:
-                check_divisible(leading_size(batch=args[0]) or 0, devices, num_shards // devices)
-                own = estimate._replace(num_shards=num_shards // devices, axes=mesh_axes)
+            if mesh_axes and num_micro_batches % devices == 0 and not estimate.axes:
+                check_divisible(leading_size(batch=args[0]) or 0, devices, num_micro_batches // devices)
+                own = estimate._replace(num_micro_batches=num_micro_batches // devices, axes=mesh_axes)
                 return on_each_device(own.run, mesh, mesh_axes)(params, state, args, kwargs)
         return estimate.run(params, state, args, kwargs)
 
@@ -267,6 +268,7 @@ def value_and_grad(
     estimator = gradient_estimator(loss_fn, link, **options)
 
     def stateless(params, /, *args, **kwargs):
+        check_floating("params", params)
         state = jax.eval_shape(estimator.init, params)
         if jax.tree.leaves(state):
             raise ValueError(

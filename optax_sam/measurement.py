@@ -15,7 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from optax_sam.ascent import Norm, divide, norm_of, rescale, widen
 from optax_sam.axes import Declared, check_declared, noting_averages, varying_axes
-from optax_sam.checks import as_link, check_function, check_loss, check_pair
+from optax_sam.checks import as_link, check_function, check_loss, check_pair, check_state
 from optax_sam.switching import SwitchState
 from optax_sam.transform import check_not_summed, conjugated, returning_loss
 
@@ -106,6 +106,7 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         return MeasuredState(link.init(params), zeros)
 
     def update(updates, state, params=None, *, value=None, value_fn=None, shards=(), **extra_args):
+        check_state(state, MeasuredState)
         check_declared(params, updates, shards)
         if value is None:
             raise ValueError(_missing("value"))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optax_sam.axes import differs_between_members, noting_averages, vary, varying_axes
-from optax_sam.checks import as_link, check_function, is_float
+from optax_sam.checks import as_link, check_function, check_state, is_float
 from optax_sam.convolution import canonicalized
 
 
@@ -126,6 +126,12 @@ def _switch(
         return SwitchState(start, first, link_states=tuple(link.init(params) for link in links))
 
     def update(updates, state, params=None, **extra_args):
+        check_state(state, SwitchState)
+        if len(state.link_states) != len(links):
+            raise ValueError(
+                f"state must be of a switch between {len(links)} links; got one of {len(state.link_states)}. Build the "
+                "same switch again, or begin with init(params)."
+            )
         shard_axes = {
             axis for shards in extra_args.get("shards", ()) if shards.mask is not False for axis in shards.axes
         }

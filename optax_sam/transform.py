@@ -21,6 +21,7 @@ from optax_sam.checks import (
     check_function,
     check_int,
     check_loss,
+    check_state,
 )
 
 
@@ -101,6 +102,7 @@ def sharpness_aware(
     def update(updates, state, params=None, *, grad_fn=None, value_fn=None, batch=None, shards=(), **extra_args):
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
+        check_state(state, SharpnessAwareState)
         gradient_at = _gradient_function(grad_fn, value_fn, batch)
         check_floating("params", params)
         _check_gradient("updates", updates, params)
@@ -194,7 +196,7 @@ def _check_gradient(what: str, gradient: Any, params: Any) -> None:
             "has_aux=True return; take the gradient out of it, or use jax.grad(loss_fn), which returns it alone."
         )
     check_alike(what, gradient, "the params", params)
-    check_floating(what, gradient)
+    check_floating(what, gradient, cure="Pass what jax.grad(loss_fn) returns")
 
 
 def _is_masked(node: Any) -> bool:

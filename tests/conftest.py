@@ -1,7 +1,17 @@
-"""The suite runs on eight CPU devices, refuses silent broadcasting, and draws the same random inputs every time."""
+"""The suite runs on eight CPU devices, compiles in a hurry, and draws the same random inputs every time."""
 
-import hypothesis
-import jax
+import os
+
+import jaxlib
+
+# XLA takes most of the suite's time. Set XLA_FLAGS to something else, or to nothing, for programs as users get them.
+hurry = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if jaxlib.version.__version_info__ < (0, 12):
+    hurry += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ.setdefault("XLA_FLAGS", " ".join(hurry))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,29 +1,38 @@
 """Mutants: would the tests notice another operator?
 
-    python tests/mutants.py [FILE ...] [--workers N]
+    COVERAGE_FILE=runs/mutants.coverage pytest -n auto \\
+        --cov=optax_sam --cov-branch --cov-context=test --junitxml=runs/mutants.xml
+    python tests/mutants.py [FILE ...]
 
 Every arithmetic operator, comparison and ``and`` or ``or`` of the package is replaced, one at a time, in a copy of the
-project, and the tests of its file are run until one fails. Mutants that no test notices are printed.
+project, and the tests that run its line, which the first command finds out, are run until one fails. Mutants that no
+test notices are printed.
 """
 
 import argparse
 import ast
 import concurrent.futures
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import coverage
 import tqdm
 
 ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "optax_sam"
 COPIED = ("optax_sam", "tests", "benchmarks", "examples", "README.md", "pyproject.toml")
 OTHERS = {
     ast.Add: ast.Sub,
@@ -46,42 +55,27 @@ OTHERS = {
     ast.And: ast.Or,
     ast.Or: ast.And,
 }
-# The tests that are nearest to a file come first; a mutant is dead at the first failure.
-TESTS = {
-    "ascent.py": "ascent numbers transform family golden sharding devices",
-    "averaging.py": "averaging errors family devices estimator contract",
-    "axes.py": "axes errors switching sharding devices measurement_devices",
-    "checks.py": "errors hessian landscape",
-    "convolution.py": "convolution cost",
-    "estimator.py": "estimator errors family numbers devices sharding",
-    "family.py": "errors family switching",
-    "measurement.py": "measurement measurement_devices errors",
-    "micro_batches.py": "estimator errors numbers devices cost",
-    "renormalization.py": "renormalization errors family numbers",
-    "sharding.py": "sharding devices errors",
-    "switching.py": "switching errors numbers family axes measurement",
-    "transform.py": "transform errors numbers family contract devices",
-    "sharpness/hessian.py": "hessian errors",
-    "sharpness/lanczos.py": "hessian landscape sharpness",
-    "sharpness/landscape.py": "landscape errors",
-    "sharpness/plots.py": "plots errors",
-    "sharpness/rise.py": "sharpness errors",
-    "sharpness/streaming.py": "hessian sharpness landscape errors",
-}
+# Mutants that compute the same: file, what the expression is then, and why nobody can tell.
+EQUIVALENT: dict[tuple[str, str], str] = {}
 
 
 class Mutant(NamedTuple):
-    """One replaced operator: a file of the package, the line, what it reads then, and the source of the whole file."""
+    """One replaced operator: where it is, what the expression is then, and the source of the whole file."""
 
     file: str
     line: int
+    end: int
     text: str
     source: str
+
+    def digest(self) -> str:
+        """Tells whether the same file was mutated in the same way before."""
+        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
 
 def mutants_of(file: str) -> Iterator[Mutant]:
     """All mutants of a file, formatted by ``ast.unparse`` like the rest of it."""
-    original = (ROOT / "optax_sam" / file).read_text()
+    original = (PACKAGE / file).read_text()
     count = sum(1 for _ in _operators(ast.parse(original)))
     for index in range(count):
         tree = ast.parse(original)
@@ -91,7 +85,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
         else:
             operators = getattr(node, name)
             operators[position] = OTHERS[type(operators[position])]()
-        yield Mutant(file, node.lineno, ast.unparse(node), ast.unparse(tree))
+        yield Mutant(file, node.lineno, node.end_lineno, ast.unparse(node), ast.unparse(tree))
 
 
 def _operators(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
@@ -104,69 +98,107 @@ def _operators(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
                 yield node, "ops", position
 
 
-def survives(mutant: Mutant, folder: pathlib.Path) -> bool:
-    """Whether no test in this copy of the project fails."""
+class Tests:
+    """The tests that run a line of the package, the quickest first."""
+
+    def __init__(self, seen: pathlib.Path, times: pathlib.Path):
+        self._data = coverage.CoverageData(seen)
+        self._data.read()
+        cases = xml.etree.ElementTree.parse(times).iter("testcase")
+        self._seconds = {(case.get("classname"), case.get("name")): float(case.get("time", 0)) for case in cases}
+
+    def of(self, file: str, lines: range, budget: float) -> list[str]:
+        """The tests, up to a budget of seconds (and the quickest in any case)."""
+        contexts = self._data.contexts_by_lineno(str(ROOT / "optax_sam" / file))
+        names = {context.removesuffix("|run") for line in lines for context in contexts.get(line, []) if context}
+        seconds = {name: self._seconds_of(name) for name in names}
+        chosen, total = [], 0.0
+        for name in sorted(names, key=lambda name: (seconds[name], name)):
+            total += seconds[name]
+            if chosen and total > budget:
+                break
+            chosen.append(name)
+        return chosen
+
+    def _seconds_of(self, name: str) -> float:
+        file, _, test = name.partition("::")
+        return self._seconds.get((file.removesuffix(".py").replace("/", "."), test), 1.0)
+
+
+def survives(mutant: Mutant, folder: pathlib.Path, tests: list[str], timeout: float) -> bool:
+    """Whether none of the tests fails in this copy of the project; a mutant that they cannot end on is noticed."""
+    if not tests:
+        return True
     path = folder / "optax_sam" / mutant.file
     original = path.read_text()
     path.write_text(mutant.source)
-    files = [f"tests/test_{name}.py" for name in TESTS[mutant.file].split()]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *files]
+    arguments = folder / "tests.txt"
+    arguments.write_text("\n".join(tests))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"@{arguments}"]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
+    )
     try:
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+        return run.wait(timeout) == 0
     except subprocess.TimeoutExpired:
         return False
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
         path.write_text(original)
-    if run.returncode not in (0, 1, 2):
-        raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
-    return run.returncode == 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE", help="of optax_sam; default: all")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="of optax_sam; default: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--log", type=pathlib.Path, help="a line of JSON for each mutant; those in it are not run again"
-    )
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for each mutant")
+    parser.add_argument("--log", type=pathlib.Path, default=ROOT / "runs/mutants.jsonl", help="read and continued")
     options = parser.parse_args()
-    mutants = [mutant for file in options.files for mutant in mutants_of(file)]
+    files = options.files or sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+    mutants = [mutant for file in files for mutant in mutants_of(file)]
+    tests = Tests(ROOT / "runs/mutants.coverage", ROOT / "runs/mutants.xml")
     done = {}
-    if options.log and options.log.exists():
+    if options.log.exists():
         lines = map(json.loads, options.log.read_text().splitlines())
-        done = {(line["file"], line["line"], line["text"]): line["survives"] for line in lines}
+        done = {line["digest"]: line["survives"] for line in lines if line["budget"] >= options.budget}
     with tempfile.TemporaryDirectory() as work:
         folders = queue.SimpleQueue()
         for number in range(options.workers):
             folder = pathlib.Path(work, str(number))
+            folder.mkdir()
             for name in COPIED:
                 copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-                folder.mkdir(exist_ok=True)
                 copy(ROOT / name, folder / name)
             folders.put(folder)
 
-        def run(mutant: Mutant) -> bool:
+        def run(mutant: Mutant) -> None:
+            chosen = tests.of(mutant.file, range(mutant.line, mutant.end + 1), options.budget)
             folder, start = folders.get(), time.perf_counter()
             try:
-                alive = survives(mutant, folder)
+                alive = survives(mutant, folder, chosen, timeout=60 + 10 * options.budget)
             finally:
                 folders.put(folder)
-            if options.log:
-                line = {**mutant._asdict(), "survives": alive, "seconds": round(time.perf_counter() - start, 1)}
-                del line["source"]
-                with options.log.open("a") as log:
-                    log.write(json.dumps(line, ensure_ascii=False) + "\n")
-            return alive
+            done[mutant.digest()] = alive
+            line = mutant._asdict() | {"digest": mutant.digest(), "budget": options.budget, "tests": len(chosen)}
+            line |= {"survives": alive, "seconds": round(time.perf_counter() - start, 1)}
+            del line["source"]
+            with options.log.open("a") as log:
+                log.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-        alive = [mutant for mutant in mutants if done.get(mutant[:3])]
-        rest = [mutant for mutant in mutants if mutant[:3] not in done]
+        # A survivor is tried again when the tests may have changed; what was noticed once stays so.
+        rest = [mutant for mutant in mutants if done.get(mutant.digest(), True)]
         with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-            outcomes = tqdm.tqdm(pool.map(run, rest), total=len(rest), unit="mutant")
-            alive += [mutant for mutant, outcome in zip(rest, outcomes, strict=True) if outcome]
+            list(tqdm.tqdm(pool.map(run, rest), total=len(rest), unit="mutant"))
+    alive = [mutant for mutant in mutants if done[mutant.digest()]]
     for mutant in alive:
-        print(f"{mutant.file}:{mutant.line}: {mutant.text}")
-    print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants are noticed.")
+        print(
+            f"{mutant.file}:{mutant.line}: {mutant.text}: {EQUIVALENT.get((mutant.file, mutant.text), 'NOT NOTICED')}"
+        )
+    noticed, explained = len(mutants) - len(alive), sum((mutant.file, mutant.text) in EQUIVALENT for mutant in alive)
+    print(f"The tests notice {noticed} of {len(mutants)} mutants; {explained} others make no difference.")
 
 
 if __name__ == "__main__":

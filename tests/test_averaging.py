@@ -60,6 +60,13 @@ def test_late_msam_switches_inside():
     assert_close(second, stacked_update(optax_sam.msam(0.2), 4)[0])
 
 
+def test_without_params_the_mean_of_what_needs_none():
+    stacks = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]])}
+    link = optax_sam.micro_batched(optax.scale(2.0))
+    mean, _ = link.update(stacks, link.init({"w": stacks["w"][0]}))
+    assert_identical(mean, {"w": jnp.array([4.0, 8.0])})
+
+
 @pytest.mark.parametrize("axis_name", [None, "data"])
 def test_narrow_gradients_keep_their_dtype(axis_name):
     grads = jnp.ones((4, 3), jnp.bfloat16)

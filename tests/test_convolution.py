@@ -102,3 +102,8 @@ def test_optimizer_chain_switches_between_convolutional_steps():
         updates, state = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=jax.grad(loss_fn)))(grads, state, params)
         np.testing.assert_allclose(updates, optax.tree.scale(-0.1, expected), rtol=1e-4, atol=1e-6)
         params = optax.apply_updates(params, updates)
+
+
+def test_other_backends_get_the_function_itself(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert canonicalized(convolve) is convolve

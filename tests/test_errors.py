@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_sam
 from optax_sam import measured
@@ -89,6 +91,10 @@ def rows(names: str, arguments: str, values: Any, use: Callable[..., Any] | None
 def update(link, updates=WEIGHTS, params=WEIGHTS, **call):
     call = {"grad_fn": GRAD, "value": 1.0, "value_fn": loss_at} | call
     return link.update(updates, link.init(WEIGHTS), params, **call)
+
+
+def update_from(link, state):
+    return link.update(WEIGHTS, state, WEIGHTS, grad_fn=GRAD, value=1.0, value_fn=loss_at)
 
 
 def update_each(link):
@@ -171,7 +177,12 @@ NOT_LIKE = [
 NO_TREE = these(ValueError, "must have the tree structure of", None, got="got PyTreeDef(None)")
 NOT_FLOATS = [
     ({"w": jnp.ones((3, 2), int)}, TypeError, "int32", "must have floating-point leaves"),
-    ({"w": np.full((3, 2), "a")}, TypeError, "<U1 at ['w']", "Let the loss close over what is not trained"),
+    ({"w": np.full((3, 2), "a")}, TypeError, "<U1 at ['w']", "must have floating-point leaves"),
+]
+NOT_ONLY_PARAMS = [
+    *[(params, error, got, "Let the loss close over what is not") for params, error, got, _ in NOT_FLOATS],
+    (eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0)), TypeError, "object at .activation", "`eqx.partition(model, "),
+    (nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0))), TypeError, "uint32 at ['rngs']", "`nnx.split(model, nnx.Param,"),
 ]
 PAIR = [((1.0, WEIGHTS), TypeError, "a tuple of length 2", "take the gradient out of it, or use jax.grad(loss_fn)")]
 NOT_LOSSES = [
@@ -222,6 +233,13 @@ NOT_STATES = [
     *these(ValueError, "what init(params) or the last value_and_grad returned", EIGHT, got="PyTreeDef(*)"),
     *these(ValueError, "Call value_and_grad(params, state, batch)", None, got="PyTreeDef(None)"),
 ]
+NOT_STATES_OF_LINKS = [
+    *these(
+        TypeError, "Call `tx.update(grads, state, params)`", None, (), EIGHT, IDENTITY.init(WEIGHTS), got="got PyTree"
+    ),
+    *these(TypeError, "without a target", {"link_state": ()}, got="got PyTreeDef({'link_state': ()})"),
+]
+OTHER_SWITCH = optax_sam.switch_at({0: SAM, 1: SAM, 2: SAM}).init(WEIGHTS)
 BRANCHES = (LATE, optax.conditionally_transform(SAM, lambda step: True))
 NOT_MEASURABLE = these(ValueError, "`switch_at({0: measured(optax.identity()), ", *BRANCHES, got="inside of a branch")
 NOT_MEASURABLE_STACKS = [
@@ -275,7 +293,7 @@ TABLE = [
     *rows("sharpness_aware", "projection", returning(NOT_LIKE + NO_TREE), update),
     # Updates
     *rows("sam asam adaptive_ascent", "params", these(ValueError, "calling `update`", None, got="`params`"), update),
-    *rows("sam", "params", NOT_FLOATS, update),
+    *rows("sam", "params", NOT_ONLY_PARAMS, update),
     *rows("sam", "updates", NOT_LIKE + NO_TREE + NOT_FLOATS + PAIR, update),
     *rows("sam", "grad_fn", NOT_FUNCTIONS + returning(NOT_LIKE + NO_TREE + NOT_FLOATS + PAIR), update),
     *rows("sam", "grad_fn", these(ValueError, "jax.grad(loss_fn)", None, got="got neither"), update, value_fn=None),
@@ -284,6 +302,9 @@ TABLE = [
         Row("sam", "params", ValueError, ("MaskedNode", "Put the link before them"), lambda tx=tx: tx, update)
         for tx in (optax.masked(SAM, {"w": False}), optax.partition({"on": SAM, "off": IDENTITY}, {"w": "off"}))
     ],
+    *rows("normalized_ascent sam", "state", NOT_STATES_OF_LINKS, update_from, rho=optax.constant_schedule(0.1)),
+    *rows("late measured", "state", NOT_STATES_OF_LINKS, update_from),
+    *rows("late", "state", these(ValueError, "between 2 links", OTHER_SWITCH, got="one of 3"), update_from),
     # Switches
     *rows("switch_at", "phases", these(TypeError, "must be a mapping from first step to link", None, 3, [IDENTITY])),
     *rows("switch_at", "phases", [({key: SAM}, *row) for key, *row in NOT_STEPS]),
@@ -323,7 +344,7 @@ TABLE = [
     *rows("value_and_grad", "batch", NOT_SPLIT, evaluate, num_micro_batches=2),
     *rows("value_and_grad", "batch", NO_BATCH, lambda function, batch: function(WEIGHTS), num_micro_batches=2),
     *rows("value_and_grad", "batch", these(ValueError, "= 1 × 3", EIGHT, got="=8"), evaluate, num_micro_batches=3),
-    *rows("value_and_grad", "params", NOT_FLOATS[:1], evaluate),
+    *rows("value_and_grad", "params", NOT_ONLY_PARAMS, evaluate),
     *[
         row
         for link in (SAM, LATE, optax.chain(measured(SAM), optax.trace(0.9)))

@@ -294,6 +294,18 @@ def test_stacked_micro_batches_spread_over_an_explicit_mesh_equal_one_device(lin
     assert_close(jax.device_get(actual), jax.device_get(step(params, batch)))
 
 
+def test_batch_of_which_some_leaves_are_not_spread_equals_one_device():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    loss_fn = lambda w, batch: jnp.mean(jnp.sum(batch["x"] * w[None], axis=-1) ** 2 * batch["weight"])  # noqa: E731
+    params, batch = jnp.array([1.0, 2.0, 3.0]), {"x": BATCH, "weight": jnp.linspace(0.0, 1.0, 16)}
+    function = optax_sam.value_and_grad(loss_fn, LINKS["stable_sam"], num_micro_batches=4)
+    specs = {"x": PartitionSpec("data"), "weight": PartitionSpec()}
+    placed = jax.device_put(batch, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+    with jax.set_mesh(mesh):
+        actual = jax.jit(function)(params, placed)
+    assert_close(jax.device_get(actual), function(params, batch))
+
+
 def test_network_of_its_own_on_each_member():
     mesh = jax.make_mesh((DEVICES,), ("member",), axis_types=(AxisType.Auto,))
     scales = jnp.arange(1.0, DEVICES + 1)
