@@ -275,7 +275,6 @@ def test_micro_batches_with_sharded_params_under_jit_equal_one_device(axis_type)
     assert_close(jax.device_get(actual[1]), expected_gradient(LINKS["stable_sam"], num_micro_batches=4))
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="jnp.where under vmap fails there on an Explicit mesh")
 @pytest.mark.parametrize("link", [LINKS["sam"], LINKS["stable_sam"], LINKS["late"]], ids=["sam", "stable_sam", "late"])
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("model")], ids=["replicated", "sharded"])
 def test_stacked_micro_batches_spread_over_an_explicit_mesh_equal_one_device(link, spec):
