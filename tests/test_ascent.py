@@ -43,13 +43,26 @@ def test_zero_gradient_gives_zero_and_finite_derivatives(make, dtype):
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
-@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-10, 1.0, 1e10, 1e30, 8e37])
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-10, 1e-3, 1.0, 1e4, 1e10, 1e30, 8e37])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_length_is_rho_for_gradients_of_any_size(monkeypatch, backend, scale, jit):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     grads = {"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])}
     epsilon = jit(lambda grads: climb(optax_sam.normalized_ascent(0.05), grads, grads))(grads)
     assert_close(epsilon, {"a": jnp.array([0.03, 0.0]), "b": jnp.array([[0.04]])})
+
+
+@pytest.mark.parametrize(("backend", "branches"), [("cpu", 1), ("gpu", 0)])
+def test_only_a_cpu_branches_on_the_size_of_the_gradient(monkeypatch, backend, branches):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = str(jax.make_jaxpr(lambda grads: global_norm(grads))(jnp.ones(3)))  # traced anew
+    assert program.count("cond[") == branches
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_norms_of_the_usual_size_are_taken_in_one_pass(monkeypatch, scale):
+    monkeypatch.setattr(optax_sam.ascent, "_rescaled_square", lambda leaves, square: (square, square * jnp.nan))
+    np.testing.assert_allclose(global_norm(scale * jnp.array([3.0, 4.0])), 5.0 * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(jnp.float16, 1e-5), (jnp.float16, 1e4), (jnp.bfloat16, 1.0)])

@@ -237,6 +237,13 @@ def test_norms_with_a_mask_where_nothing_is_known(place):
     assert_close(actual, expected)
 
 
+def test_shards_of_a_gradient_without_params():
+    link = optax_sam.sharded(optax_sam.renormalized(optax.stateless(lambda g, _: jnp.ones_like(g))), "model", mask=True)
+    update = lambda g: link.update(g, optax.EmptyState())[0]  # noqa: E731
+    actual = jax.vmap(update, axis_name="model")(jnp.array([3.0, 4.0]))
+    assert_close(actual, jnp.full(2, 12.5**0.5))
+
+
 def test_axes_with_a_mask_each_are_declared_one_around_the_other():
     """A matrix sharded over two axes, and a vector over one of them."""
     params = {"matrix": jnp.arange(1.0, 33.0).reshape(4, 8), "vector": jnp.arange(1.0, 9.0)}
