@@ -392,6 +392,7 @@ TABLE = [
     *integers("hessian_trace", "num_probes", 2),
     *integers("average_sharpness", "num_samples", 2),
     *rows("hessian_eigenvalues", "k", these(ValueError, "got 6 params", 7)),
+    *rows("hessian_eigenvalues", "num_smallest", these(ValueError, "got 6 params", 3, got="= 7 eigen"), k=4),
     *rows("hessian_eigenvalues", "k", these(ValueError, "max_products=1", 2), max_products=1),
     *rows("hessian_eigenvalues", "rtol", NOT_RADII),
     *rows("average_sharpness", "sigma", NOT_RADII),

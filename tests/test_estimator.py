@@ -282,3 +282,28 @@ def test_aux_that_is_not_float_is_not_kept_for_every_micro_batch(strategy):
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporary(64) < temporary(4) + (1 << 18)
+
+
+LARGEST_PAIRED = (1 << 20) - 1  # float32 elements, with the loss 4 MiB
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_micro_batches", "size", "loops"),
+    [
+        ("scan", 4, 1, ["length=4 unroll=1"]),
+        ("auto", 4, LARGEST_PAIRED, ["length=4 unroll=2"]),
+        ("auto", 4, LARGEST_PAIRED + 1, ["length=4 unroll=1"]),
+        ("auto", 3, 1, ["length=3 unroll=1"]),
+        ("auto", 2, 1, ["length=2 unroll=1"]),
+        ("unroll", 4, 1, []),
+        ("vmap", 4, 1, []),
+    ],
+)
+def test_loops_take_two_micro_batches_at_a_time_where_that_pays(strategy, num_micro_batches, size, loops):
+    loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(w)  # noqa: E731
+    function = optax_sam.value_and_grad(
+        loss_fn, optax.identity(), num_micro_batches=num_micro_batches, strategy=strategy
+    )
+    program = jax.make_jaxpr(function)(jnp.zeros(size), jnp.ones(12))
+    found = [eqn.params for eqn in program.eqns if eqn.primitive.name == "scan"]
+    assert [f"length={params['length']} unroll={params['unroll']}" for params in found] == loops

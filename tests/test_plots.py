@@ -78,6 +78,13 @@ def test_density_is_the_smoothed_one():
         np.testing.assert_allclose(curve.get_ydata(), DENSITY.smoothed(positions, width))
         np.testing.assert_allclose(np.trapezoid(curve.get_ydata(), positions), 1, rtol=1e-3)
         assert axes.get_yscale() == "log"
+    wide = SpectralDensity(np.array([[-2.0, 4.0]]), np.array([[0.5, 0.5]]))
+    axes = plots.plot_spectral_density(wide, width=0.5)
+    positions, values = axes.lines[0].get_xydata().T
+    assert (positions[0], positions[-1]) == (-2 - 5 * 0.5, 4 + 5 * 0.5)
+    np.testing.assert_allclose(axes.get_ylim(), (1e-7 * values.max(), 3 * values.max()))
+    narrow = plots.plot_spectral_density(wide).lines[0].get_xdata()  # a width of 0.06
+    np.testing.assert_allclose((narrow[0], narrow[-1]), (-2.3, 4.3))
     one_place = SpectralDensity(np.zeros((2, 3)), np.full((2, 3), 1 / 3))
     assert colored_pixels(plots.plot_spectral_density(one_place)) > 200
 

@@ -237,6 +237,25 @@ def test_norms_with_a_mask_where_nothing_is_known(place):
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("mask", [None, False])
+def test_states_inside_a_switch_vary_as_the_params_do(mask):
+    """Shards of the params where they are sharded; one for each member that has a network of its own."""
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
+    climb = optax.chain(optax.ema(0.9, debias=False), optax_sam.normalized_ascent(RHO))
+    link = optax_sam.sharded(optax_sam.late(optax_sam.sharpness_aware(climb), 0), "model", mask=mask)
+    grad_fn = jax.grad(lambda params: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)))
+    params, rest = {"own": jnp.arange(8.0), "rest": jnp.ones(16)}, None if mask is None else "model"
+    spec = {"own": PartitionSpec("model"), "rest": PartitionSpec(rest)}
+
+    def member(params):
+        _, state = link.update(grad_fn(params), link.init(params), params, grad_fn=grad_fn)
+        return state.link_states[0].ascent_state[0].ema
+
+    mapped = jax.shard_map(member, mesh=mesh, in_specs=(spec,), out_specs=spec)
+    gradients = 2 * params["own"], 2 * params["rest"] * (DEVICES if mask is None else 1)  # replicated: their sum
+    assert_close(jax.jit(mapped)(params), dict(zip(spec, optax.tree.scale(0.1, gradients), strict=True)))
+
+
 def test_shards_of_a_gradient_without_params():
     link = optax_sam.sharded(optax_sam.renormalized(optax.stateless(lambda g, _: jnp.ones_like(g))), "model", mask=True)
     update = lambda g: link.update(g, optax.EmptyState())[0]  # noqa: E731

@@ -10,6 +10,8 @@ from problems import GradientCounter, assert_identical, mlp_batch, mlp_loss, mlp
 
 import optax_sam
 
+LAST = np.iinfo(np.int32).max
+
 
 def times(factor):
     return optax.stateless(lambda g, _: jax.tree.map(lambda x: factor * x, g))
@@ -47,6 +49,7 @@ def test_state_tells_the_link_of_the_last_update():
     for link, phases in (
         (optax_sam.switch_at({0: times(1.0), 2: times(2.0), 3: times(3.0)}), [0, 0, 0, 1, 2, 2]),
         (by_step, [0, 0, 0, 1, 1, 1]),
+        (optax_sam.switch_by(lambda step: 9 * step - 9, [times(1.0), times(2.0)]), [0, 0, 0, 1, 1, 1]),
     ):
         tx = optax.chain(link, optax.sgd(0.1))
         state, found = tx.init(jnp.ones([])), []
@@ -174,9 +177,10 @@ def test_type_error_of_a_link_is_passed_on():
         link.update(jnp.ones(2), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=3)
 
 
-def test_counter_saturates_instead_of_wrapping():
-    link = optax_sam.late(times(2.0), 1)
-    state = link.init(jnp.ones([]))._replace(switch_step=jnp.int32(np.iinfo(np.int32).max))
+@pytest.mark.parametrize("start", [1, LAST])
+def test_counter_saturates_instead_of_wrapping(start):
+    link = optax_sam.late(times(2.0), start)
+    state = link.init(jnp.ones([]))._replace(switch_step=jnp.int32(LAST))
     updates, state = link.update(jnp.ones([]), state)
     assert float(updates) == 2.0
-    assert int(state.switch_step) == np.iinfo(np.int32).max
+    assert int(state.switch_step) == LAST
