@@ -299,13 +299,14 @@ def draw_loss(params, batch, key):
 
 
 @every_map
-def test_devices_draw_different_random_numbers(run):
+@pytest.mark.parametrize("num_micro_batches", [2, DEVICES])
+def test_devices_draw_different_random_numbers(run, num_micro_batches):
     function = optax_sam.value_and_grad(
-        draw_loss, optax_sam.sam(RHO), has_aux=True, num_micro_batches=2, axis_name="data", strategy="unroll"
+        draw_loss, optax_sam.sam(RHO), has_aux=True, num_micro_batches=num_micro_batches, axis_name="data"
     )
-    key = jax.random.key(0)
-    (_, mean), _ = run(lambda params, batch: function(params, batch, key), jnp.ones(2))
-    draws = [float(jax.random.uniform(jax.random.fold_in(key, index))) for index in range(2 * DEVICES)]
+    key, batch = jax.random.key(0), {"x": jnp.ones(DEVICES**2)}
+    (_, mean), _ = run(lambda params, batch: function(params, batch, key), jnp.ones(2), batch=batch)
+    draws = [float(jax.random.uniform(jax.random.fold_in(key, index))) for index in range(DEVICES * num_micro_batches)]
     np.testing.assert_allclose(float(mean), np.mean(draws), rtol=1e-6)
 
 

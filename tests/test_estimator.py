@@ -49,6 +49,15 @@ def test_calls_and_results_are_those_of_jax_value_and_grad():
 
 
 @every_strategy
+def test_complex_gradients_are_averaged_as_they_are(strategy):
+    loss_fn = lambda z, x: jnp.mean(jnp.abs(z * x - 1j) ** 2)  # noqa: E731
+    z, batch = jnp.complex64(2 - 1j), jnp.arange(4.0)
+    _, actual = estimate(optax.identity(), z, batch, loss_fn, num_micro_batches=4, strategy=strategy)
+    assert actual.dtype == z.dtype
+    np.testing.assert_allclose(actual, jax.grad(loss_fn)(z, batch), rtol=1e-6)
+
+
+@every_strategy
 @pytest.mark.parametrize(
     ("loss_fn", "params", "batch", "num_micro_batches"),
     [
@@ -284,26 +293,27 @@ def test_aux_that_is_not_float_is_not_kept_for_every_micro_batch(strategy):
     assert temporary(64) < temporary(4) + (1 << 18)
 
 
-LARGEST_PAIRED = (1 << 20) - 1  # float32 elements, with the loss 4 MiB
+LARGEST_PAIRED = (1 << 20) - 2  # float32 elements, with loss and aux 4 MiB
 
 
 @pytest.mark.parametrize(
-    ("strategy", "num_micro_batches", "size", "loops"),
+    ("strategy", "num_micro_batches", "size", "aux", "loops"),
     [
-        ("scan", 4, 1, ["length=4 unroll=1"]),
-        ("auto", 4, LARGEST_PAIRED, ["length=4 unroll=2"]),
-        ("auto", 4, LARGEST_PAIRED + 1, ["length=4 unroll=1"]),
-        ("auto", 3, 1, ["length=3 unroll=1"]),
-        ("auto", 2, 1, ["length=2 unroll=1"]),
-        ("unroll", 4, 1, []),
-        ("vmap", 4, 1, []),
+        ("scan", 4, 1, 1.0, ["length=4 unroll=1"]),
+        ("auto", 4, LARGEST_PAIRED, 1.0, ["length=4 unroll=2"]),
+        ("auto", 4, LARGEST_PAIRED + 1, 1.0, ["length=4 unroll=1"]),
+        ("auto", 3, 1, 1.0, ["length=3 unroll=1"]),
+        ("auto", 2, 1, 1.0, ["length=2 unroll=1"]),
+        ("auto", 5, 1, 1, ["length=4 unroll=2"]),  # the first outside, for an aux that is not float
+        ("auto", 3, 1, 1, ["length=2 unroll=1"]),
+        ("unroll", 4, 1, 1.0, []),
+        ("vmap", 4, 1, 1.0, []),
     ],
 )
-def test_loops_take_two_micro_batches_at_a_time_where_that_pays(strategy, num_micro_batches, size, loops):
-    loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(w)  # noqa: E731
-    function = optax_sam.value_and_grad(
-        loss_fn, optax.identity(), num_micro_batches=num_micro_batches, strategy=strategy
-    )
-    program = jax.make_jaxpr(function)(jnp.zeros(size), jnp.ones(12))
+def test_loops_take_two_micro_batches_at_a_time_where_that_pays(strategy, num_micro_batches, size, aux, loops):
+    loss_fn = lambda w, x: (jnp.mean(x) * jnp.sum(w), aux)  # noqa: E731
+    options = {"num_micro_batches": num_micro_batches, "strategy": strategy, "has_aux": True}
+    function = optax_sam.value_and_grad(loss_fn, optax.identity(), **options)
+    program = jax.make_jaxpr(function)(jnp.zeros(size), jnp.ones(60))
     found = [eqn.params for eqn in program.eqns if eqn.primitive.name == "scan"]
     assert [f"length={params['length']} unroll={params['unroll']}" for params in found] == loops
