@@ -166,9 +166,9 @@ def _ascent(
 
     def update(updates, state, params=None, *, shards=(), **extra_args):
         del extra_args
+        check_state(state, AscentState if schedule else optax.EmptyState)
         if schedule is None:
             return perturbation(rho, updates, params, shards), state
-        check_state(state, AscentState)
         radius = schedule(state.ascent_step)
         check_real("rho(step)", radius)
         next_step = jnp.asarray(optax.safe_increment(state.ascent_step))

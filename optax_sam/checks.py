@@ -32,8 +32,8 @@ def check_state(state: Any, kind: type[Any]) -> None:
     """Raises unless state is of the kind that the ``init`` of a transformation makes."""
     if not isinstance(state, kind):
         raise TypeError(
-            f"state must be what init(params) or the last update returned, here with a {kind.__name__}; got "
-            f"{jax.tree.structure(state)}. Call `tx.update(grads, state, params)` with the state of all of tx; one "
+            f"state must be what init(params) or the last update returned, here {kind.__name__}; got "
+            f"{type(state).__name__}. Call `tx.update(grads, state, params)` with the state of all of tx; one "
             "that was restored from a checkpoint without a target has lost its types."
         )
 

@@ -216,7 +216,6 @@ def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
             mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
             devices = num_devices(mesh, mesh_axes)
             if mesh_axes and num_micro_batches % devices == 0 and not estimate.axes:
-                check_divisible(leading_size(batch=args[0]) or 0, devices, num_micro_batches // devices)
                 own = estimate._replace(num_micro_batches=num_micro_batches // devices, axes=mesh_axes)
                 return on_each_device(own.run, mesh, mesh_axes)(params, state, args, kwargs)
         return estimate.run(params, state, args, kwargs)

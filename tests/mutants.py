@@ -61,14 +61,9 @@ ANOTHER_HASH = "another hash of the same quality"
 EQUIVALENT = {
     ("ascent.py", "peak <= 2.0 ** (-safe)"): POWER_OF_TWO,
     ("ascent.py", "peak >= 2.0 ** safe"): POWER_OF_TWO,
-    ("convolution.py", "eqn.primitive is not conv_general_dilated_p"): "the same operations, one by one",
-    ("estimator.py", "self.num_micro_batches > 1 or self.axes"): "where only one of them holds, the check passes",
-    ("estimator.py", "self.num_micro_batches >= 1"): "one micro-batch divides everything",
-    ("estimator.py", "leading_size(batch=args[0]) and 0"): "the same is checked on the devices",
     ("sharpness/lanczos.py", "remainder < 10 * eps * np.max(np.abs(matrix))"): "zeros for zeros in both",
     ("sharpness/landscape.py", "positions - d"): "second differences are symmetric",
     ("transform.py", "exact >= widen(nearest)"): "a neighbour that is taken with probability 0",
-    ("transform.py", "_hash_uniform(widen(param), exact) <= chance"): "differs once in 2²⁴ elements",
     ("transform.py", "place * jnp.uint32(size) - jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)"): ANOTHER_HASH,
     (
         "transform.py",

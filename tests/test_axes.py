@@ -328,6 +328,14 @@ def test_arguments_that_are_not_arrays_reach_the_loss_on_an_explicit_mesh():
     assert_close(PLACES["jit explicit"](with_arguments, PARAMS), with_arguments(PARAMS, BATCH))
 
 
+@pytest.mark.parametrize("batch", [(), (3.0,)], ids=["none", "scalar"])
+def test_loss_of_one_micro_batch_on_each_member_may_have_any_arguments(batch):
+    loss_fn = lambda w, scale=1.0: scale * w**2 * (1 + jax.lax.axis_index("data"))  # noqa: E731
+    function = optax_sam.value_and_grad(loss_fn, optax.identity(), axis_name="data")
+    found = jax.vmap(lambda _: function(jnp.float32(2), *batch)[1], axis_name="data")(jnp.zeros(2))
+    assert_close(found, jnp.full(2, 6.0 * (batch or (1.0,))[0]))
+
+
 def test_key_on_the_only_device_is_unchanged():
     loss_fn = lambda w, batch, key: w * jnp.sum(batch) * jax.random.uniform(key)  # noqa: E731
     function = optax_sam.value_and_grad(loss_fn, optax.identity(), axis_name="data")

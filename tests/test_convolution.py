@@ -54,6 +54,13 @@ def test_values_and_gradients_are_those_of_the_function(case):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # 144-term sums in another order
 
 
+def test_function_that_is_a_convolution_is_made_canonical():
+    x, kernel = problem(CASES["channels first"])
+    function = canonicalized(lambda x, kernel: convolve(x, kernel, CASES["channels first"]))
+    primitives = [eqn.primitive.name for eqn in jax.make_jaxpr(function)(x, kernel).eqns]
+    assert primitives.count("transpose") >= 2
+
+
 def test_functions_without_convolutions_keep_their_values_and_structure():
     function = lambda x, y: {"sum": x + y, "pair": (x * 2, None)}  # noqa: E731
     x, y = jnp.arange(3.0), jnp.ones(3)

@@ -234,10 +234,9 @@ NOT_STATES = [
     *these(ValueError, "Call value_and_grad(params, state, batch)", None, got="PyTreeDef(None)"),
 ]
 NOT_STATES_OF_LINKS = [
-    *these(
-        TypeError, "Call `tx.update(grads, state, params)`", None, (), EIGHT, IDENTITY.init(WEIGHTS), got="got PyTree"
-    ),
-    *these(TypeError, "without a target", {"link_state": ()}, got="got PyTreeDef({'link_state': ()})"),
+    *these(TypeError, "Call `tx.update(grads, state, params)`", None, got="got NoneType"),
+    *these(TypeError, "Call `tx.update(grads, state, params)`", (), SAM.init(WEIGHTS)[:], got="got tuple"),
+    *these(TypeError, "without a target", {"link_state": (), 1: ()}, got="got dict"),
 ]
 OTHER_SWITCH = optax_sam.switch_at({0: SAM, 1: SAM, 2: SAM}).init(WEIGHTS)
 BRANCHES = (LATE, optax.conditionally_transform(SAM, lambda step: True))
@@ -302,7 +301,8 @@ TABLE = [
         Row("sam", "params", ValueError, ("MaskedNode", "Put the link before them"), lambda tx=tx: tx, update)
         for tx in (optax.masked(SAM, {"w": False}), optax.partition({"on": SAM, "off": IDENTITY}, {"w": "off"}))
     ],
-    *rows("normalized_ascent sam", "state", NOT_STATES_OF_LINKS, update_from, rho=optax.constant_schedule(0.1)),
+    *rows("normalized_ascent sam", "state", NOT_STATES_OF_LINKS, update_from),
+    *rows("normalized_ascent", "state", NOT_STATES_OF_LINKS, update_from, rho=optax.constant_schedule(0.1)),
     *rows("late measured", "state", NOT_STATES_OF_LINKS, update_from),
     *rows("late", "state", these(ValueError, "between 2 links", OTHER_SWITCH, got="one of 3"), update_from),
     # Switches

@@ -111,7 +111,7 @@ def test_narrow_params_really_move(dtype, elements):
     w, g = 0.05 * jax.random.normal(w_key, (200_000,)), jax.random.normal(g_key, (200_000,))
     if elements == "equal":
         w, g = jnp.full_like(w, 0.05), jnp.ones_like(g)
-    params = {"w": w.astype(dtype), "rest": jnp.ones(3, dtype)}
+    params = {"w": w.astype(dtype), "rest": jnp.arange(3, dtype=dtype)}
     grads = {"w": g.astype(dtype), "rest": jnp.zeros(3, dtype)}
     for rho in (0.05, 0.0):
         seen = []
