@@ -4,9 +4,9 @@
         --cov=optax_sam --cov-branch --cov-context=test --junitxml=runs/mutants.xml
     python tests/mutants.py [FILE ...]
 
-Every arithmetic operator, comparison and ``and`` or ``or`` of the package is replaced, one at a time, in a copy of the
-project, and the tests that run its line, which the first command finds out, are run until one fails. Mutants that no
-test notices are printed.
+Every binary operator, comparison and ``and`` or ``or`` of the package is replaced, one at a time, in a copy of the
+project, and the tests that run its line, which the first command finds out, are run, the quickest first, until one
+fails or the budget is used up. Before that, all of them must pass on the package as it is.
 """
 
 import argparse
@@ -123,7 +123,8 @@ class Tests:
     def of(self, file: str, lines: range, budget: float) -> list[str]:
         """The tests, up to a budget of seconds (and the quickest in any case)."""
         contexts = self._data.contexts_by_lineno(str(ROOT / "optax_sam" / file))
-        names = {context.removesuffix("|run") for line in lines for context in contexts.get(line, []) if context}
+        found = {context for line in lines for context in contexts.get(line, [])}
+        names = {context.removesuffix("|run") for context in found if context.endswith("|run")}
         seconds = {name: self._seconds_of(name) for name in names}
         chosen, total = [], 0.0
         for name in sorted(names, key=lambda name: (seconds[name], name)):
@@ -138,28 +139,42 @@ class Tests:
         return self._seconds.get((file.removesuffix(".py").replace("/", "."), test), 1.0)
 
 
-def survives(mutant: Mutant, folder: pathlib.Path, tests: list[str], timeout: float) -> bool:
-    """Whether none of the tests fails in this copy of the project; a mutant that they cannot end on is noticed."""
-    if not tests:
-        return True
-    path = folder / "optax_sam" / mutant.file
-    original = path.read_text()
-    path.write_text(mutant.source)
+def copy_of_project(folder: pathlib.Path) -> pathlib.Path:
+    """A copy whose package is formatted by ``ast.unparse``, as mutants are."""
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    for path in (folder / PACKAGE.name).rglob("*.py"):
+        path.write_text(ast.unparse(ast.parse(path.read_text())))
+    return folder
+
+
+def run_tests(folder: pathlib.Path, tests: list[str], timeout: float, *options: str) -> int:
+    """The exit status of pytest, or that of a process that had to be killed."""
     arguments = folder / "tests.txt"
     arguments.write_text("\n".join(tests))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"@{arguments}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"@{arguments}", *options]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    run = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
-    )
+    output = None if options else subprocess.DEVNULL
+    run = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, process_group=0)
     try:
-        return run.wait(timeout) == 0
+        return run.wait(timeout)
     except subprocess.TimeoutExpired:
-        return False
+        return -signal.SIGKILL
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
         run.wait()
+
+
+def survives(mutant: Mutant, folder: pathlib.Path, tests: list[str], timeout: float) -> bool:
+    """Whether none of the tests fails in this copy of the project; a mutant that they cannot end on is noticed."""
+    path = folder / PACKAGE.name / mutant.file
+    original = path.read_text()
+    path.write_text(mutant.source)
+    try:
+        return not tests or run_tests(folder, tests, timeout) == 0
+    finally:
         path.write_text(original)
 
 
@@ -172,37 +187,44 @@ def main() -> None:
     options = parser.parse_args()
     files = options.files or sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
     mutants = [mutant for file in files for mutant in mutants_of(file)]
+    names = [(mutant.file, mutant.text) for mutant in mutants]
+    if ambiguous := [name for name in EQUIVALENT if names.count(name) > 1]:
+        raise SystemExit(f"More than one mutant is called {ambiguous}.")
     tests = Tests(ROOT / "runs/mutants.coverage", ROOT / "runs/mutants.xml")
     done = {}
     if options.log.exists():
         lines = map(json.loads, options.log.read_text().splitlines())
         done = {line["digest"]: line["survives"] for line in lines if line["budget"] >= options.budget}
+    # A survivor is tried again when the tests may have changed; what was noticed once stays so.
+    rest = [mutant for mutant in mutants if done.get(mutant.digest(), True)]
+    chosen = {m.digest(): tests.of(m.file, range(m.line, m.end + 1), options.budget) for m in rest}
     with tempfile.TemporaryDirectory() as work:
         folders = queue.SimpleQueue()
         for number in range(options.workers):
             folder = pathlib.Path(work, str(number))
             folder.mkdir()
-            for name in COPIED:
-                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-                copy(ROOT / name, folder / name)
-            folders.put(folder)
+            folders.put(copy_of_project(folder))
+        everything = sorted({name for names in chosen.values() for name in names})
+        if everything and run_tests(folder, everything, 7200, "-n", str(options.workers)):
+            raise SystemExit("The tests fail on the package as it is.")
 
         def run(mutant: Mutant) -> None:
-            chosen = tests.of(mutant.file, range(mutant.line, mutant.end + 1), options.budget)
             folder, start = folders.get(), time.perf_counter()
             try:
-                alive = survives(mutant, folder, chosen, timeout=60 + 10 * options.budget)
+                alive = survives(mutant, folder, chosen[mutant.digest()], timeout=60 + 10 * options.budget)
             finally:
                 folders.put(folder)
             done[mutant.digest()] = alive
-            line = mutant._asdict() | {"digest": mutant.digest(), "budget": options.budget, "tests": len(chosen)}
+            line = mutant._asdict() | {
+                "digest": mutant.digest(),
+                "budget": options.budget,
+                "tests": len(chosen[mutant.digest()]),
+            }
             line |= {"survives": alive, "seconds": round(time.perf_counter() - start, 1)}
             del line["source"]
             with options.log.open("a") as log:
                 log.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-        # A survivor is tried again when the tests may have changed; what was noticed once stays so.
-        rest = [mutant for mutant in mutants if done.get(mutant.digest(), True)]
         with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
             list(tqdm.tqdm(pool.map(run, rest), total=len(rest), unit="mutant"))
     alive = [mutant for mutant in mutants if done[mutant.digest()]]
