@@ -111,16 +111,16 @@ def _operators(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
                 yield node, "ops", position
 
 
-class Tests:
+class Coverage:
     """The tests that run a line of the package, the quickest first."""
 
-    def __init__(self, seen: pathlib.Path, times: pathlib.Path):
-        self._data = coverage.CoverageData(seen)
+    def __init__(self, contexts: pathlib.Path, times: pathlib.Path):
+        self._data = coverage.CoverageData(contexts)
         self._data.read()
         cases = xml.etree.ElementTree.parse(times).iter("testcase")
         self._seconds = {(case.get("classname"), case.get("name")): float(case.get("time", 0)) for case in cases}
 
-    def of(self, file: str, lines: range, budget: float) -> list[str]:
+    def tests_of(self, file: str, lines: range, budget: float) -> list[str]:
         """The tests, up to a budget of seconds (and the quickest in any case)."""
         contexts = self._data.contexts_by_lineno(str(ROOT / "optax_sam" / file))
         found = {context for line in lines for context in contexts.get(line, [])}
@@ -190,14 +190,14 @@ def main() -> None:
     names = [(mutant.file, mutant.text) for mutant in mutants]
     if ambiguous := [name for name in EQUIVALENT if names.count(name) > 1]:
         raise SystemExit(f"More than one mutant is called {ambiguous}.")
-    tests = Tests(ROOT / "runs/mutants.coverage", ROOT / "runs/mutants.xml")
+    seen = Coverage(ROOT / "runs/mutants.coverage", ROOT / "runs/mutants.xml")
     done = {}
     if options.log.exists():
         lines = map(json.loads, options.log.read_text().splitlines())
         done = {line["digest"]: line["survives"] for line in lines if line["budget"] >= options.budget}
     # A survivor is tried again when the tests may have changed; what was noticed once stays so.
     rest = [mutant for mutant in mutants if done.get(mutant.digest(), True)]
-    chosen = {m.digest(): tests.of(m.file, range(m.line, m.end + 1), options.budget) for m in rest}
+    chosen = {m.digest(): seen.tests_of(m.file, range(m.line, m.end + 1), options.budget) for m in rest}
     with tempfile.TemporaryDirectory() as work:
         folders = queue.SimpleQueue()
         for number in range(options.workers):
