@@ -194,8 +194,8 @@ def main() -> None:
     done = {}
     if options.log.exists():
         lines = map(json.loads, options.log.read_text().splitlines())
-        done = {line["digest"]: line["survives"] for line in lines if line["budget"] >= options.budget}
-    # A survivor is tried again when the tests may have changed; what was noticed once stays so.
+        done = {line["digest"]: line["survives"] for line in lines}
+    # A survivor is tried again, with other tests or a larger budget; what was noticed once stays so.
     rest = [mutant for mutant in mutants if done.get(mutant.digest(), True)]
     chosen = {m.digest(): seen.tests_of(m.file, range(m.line, m.end + 1), options.budget) for m in rest}
     with tempfile.TemporaryDirectory() as work:
