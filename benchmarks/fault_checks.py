@@ -180,6 +180,7 @@ def moved_params(make: Make, params: np.ndarray, grads: np.ndarray) -> Outcome:
     # An element that moves by the spacing with probability |ε| / spacing has the variance |ε| · spacing.
     deviation = float(np.sum(rho * np.abs(direction) ** 3 * spacing)) ** 0.5
     text = f"{np.count_nonzero(moves):,} of {moves.size:,} params move, {along:.3f} along g"
+    text += f", {np.linalg.norm(moves):.3f} in all"
     return Outcome(abs(along - rho) < 5 * deviation, text)
 
 

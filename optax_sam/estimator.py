@@ -84,7 +84,7 @@ def gradient_estimator(
         strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
             one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``; under it "scan", two at a
-            time if M is even and the gradient is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
+            time if M is even and what is averaged is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
         axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further parts of the
             batch; results are averaged over it. Params and state are the same on every member.
 

@@ -16,7 +16,7 @@ from optax_sam.convolution import canonicalized
 from optax_sam.sharding import axes_in, num_devices
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
-PAIRED_BYTES = 1 << 22  # up to this size of gradients, two at a time stay in the caches
+PAIRED_BYTES = 1 << 22  # up to this size of what is averaged, two at a time stay in the caches
 
 
 def mean_over_micro_batches(

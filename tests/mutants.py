@@ -149,13 +149,14 @@ def copy_of_project(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def run_tests(folder: pathlib.Path, tests: list[str], timeout: float, *options: str) -> int:
+def run_tests(
+    folder: pathlib.Path, tests: list[str], timeout: float, *options: str, output: int | None = subprocess.DEVNULL
+) -> int:
     """The exit status of pytest, or that of a process that had to be killed."""
     arguments = folder / "tests.txt"
     arguments.write_text("\n".join(tests))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"@{arguments}", *options]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    output = None if options else subprocess.DEVNULL
     run = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, process_group=0)
     try:
         return run.wait(timeout)
@@ -205,7 +206,7 @@ def main() -> None:
             folder.mkdir()
             folders.put(copy_of_project(folder))
         everything = sorted({name for names in chosen.values() for name in names})
-        if everything and run_tests(folder, everything, 7200, "-n", str(options.workers)):
+        if everything and run_tests(folder, everything, 7200, "-n", str(options.workers), output=None):
             raise SystemExit("The tests fail on the package as it is.")
 
         def run(mutant: Mutant) -> None:

@@ -51,7 +51,7 @@ def test_renormalization_costs_norms():
     assert 1 < flops < 1.03
 
 
-@pytest.mark.parametrize("num_micro_batches", [8, 32])
+@pytest.mark.parametrize("num_micro_batches", [4, 8, 32])
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
 def test_memory_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy, ascent_per, num_micro_batches):

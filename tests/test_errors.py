@@ -88,13 +88,9 @@ def rows(names: str, arguments: str, values: Any, use: Callable[..., Any] | None
     return found
 
 
-def update(link, updates=WEIGHTS, params=WEIGHTS, **call):
+def update(link, updates=WEIGHTS, params=WEIGHTS, state=..., **call):
     call = {"grad_fn": GRAD, "value": 1.0, "value_fn": loss_at} | call
-    return link.update(updates, link.init(WEIGHTS), params, **call)
-
-
-def update_from(link, state):
-    return link.update(WEIGHTS, state, WEIGHTS, grad_fn=GRAD, value=1.0, value_fn=loss_at)
+    return link.update(updates, link.init(WEIGHTS) if state is ... else state, params, **call)
 
 
 def update_each(link):
@@ -301,10 +297,10 @@ TABLE = [
         Row("sam", "params", ValueError, ("MaskedNode", "Put the link before them"), lambda tx=tx: tx, update)
         for tx in (optax.masked(SAM, {"w": False}), optax.partition({"on": SAM, "off": IDENTITY}, {"w": "off"}))
     ],
-    *rows("normalized_ascent sam", "state", NOT_STATES_OF_LINKS, update_from),
-    *rows("normalized_ascent", "state", NOT_STATES_OF_LINKS, update_from, rho=optax.constant_schedule(0.1)),
-    *rows("late measured", "state", NOT_STATES_OF_LINKS, update_from),
-    *rows("late", "state", these(ValueError, "between 2 links", OTHER_SWITCH, got="one of 3"), update_from),
+    *rows("normalized_ascent sam", "state", NOT_STATES_OF_LINKS, update),
+    *rows("normalized_ascent", "state", NOT_STATES_OF_LINKS, update, rho=optax.constant_schedule(0.1)),
+    *rows("late measured", "state", NOT_STATES_OF_LINKS, update),
+    *rows("late", "state", these(ValueError, "between 2 links", OTHER_SWITCH, got="one of 3"), update),
     # Switches
     *rows("switch_at", "phases", these(TypeError, "must be a mapping from first step to link", None, 3, [IDENTITY])),
     *rows("switch_at", "phases", [({key: SAM}, *row) for key, *row in NOT_STEPS]),

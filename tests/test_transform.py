@@ -82,6 +82,18 @@ def test_batch_value_fn_and_closures_are_the_same():
         assert_identical(other, first)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_length_of_what_is_added_to_narrow_params_is_that_of_unbiased_rounding(dtype):
+    """Each of n elements moves by ρ/√n on average, in steps of the spacing of numbers from 1 to 2."""
+    rho, size, spacing = 0.05, 1_000_000, float(jnp.finfo(dtype).eps)
+    params, grads = jnp.full(size, 1.5, dtype), jnp.ones(size, dtype)
+    seen, link = [], optax_sam.sam(rho)
+    link.update(grads, link.init(params), params, grad_fn=lambda point: seen.append(point) or grads)
+    step, share = rho / size**0.5, rho / size**0.5 / spacing % 1
+    expected = (size * (step**2 + share * (1 - share) * spacing**2)) ** 0.5
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(seen[0], np.float64) - 1.5), expected, rtol=0.02)
+
+
 @pytest.mark.parametrize("mask", ["tree", "prefix", "function"])
 def test_masked_leaves_stay_where_they_are_and_out_of_the_norm(mask):
     params = {"a": {"x": jnp.array([1.0, 2.0]), "y": jnp.array([3.0])}, "b": jnp.array([4.0, 5.0])}
