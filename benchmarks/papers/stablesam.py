@@ -173,7 +173,7 @@ def figure(toy: dict[str, Any], results: Results) -> Figure:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.61, 0.6))
+    axes[0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.75), handlelength=1.5)
     axes[1].legend(frameon=False)
     return drawing
 
