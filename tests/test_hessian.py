@@ -31,6 +31,7 @@ SPECTRA = {
     "small": 1e-25 * np.linspace(-1, 3, 60),
     "large": 1e25 * np.linspace(-1, 3, 60),
 }
+FIVE_FOLD = np.concatenate([np.full(5, 10.0), [8.0, 6.0, 4.0, 3.0], np.linspace(-1, 1, 51)])
 every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 
 
@@ -90,6 +91,36 @@ def test_the_larger_eigenvalues_are_found_in_order():
     loss_fn, params = quadratic(SPECTRA["geometric"])
     found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k=8, rtol=1e-5)
     np.testing.assert_allclose(found.values, np.sort(SPECTRA["geometric"])[::-1][:8], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "k", "num_smallest"),
+    [
+        (FIVE_FOLD, 5, 0),
+        (-FIVE_FOLD, 1, 5),
+        (np.concatenate([[1e3], 1e-3 * np.linspace(1, 2, 59)]), 3, 1),
+        (np.geomspace(1e-6, 1, 60), 30, 0),
+        (np.concatenate([5 + 1e-4 * np.arange(10), np.linspace(0, 1, 50)]), 4, 0),
+    ],
+    ids=["five-fold", "five-fold smallest", "far below the largest", "six decades", "clustered"],
+)
+def test_converged_promises_residuals_within_the_tolerance_and_eigenvalues_within_residuals(spectrum, k, num_smallest):
+    loss_fn, params = quadratic(spectrum)
+    expected = np.linalg.eigvalsh(np.asarray(dense_hessian(loss_fn, params, ONE[0]), np.float64))
+    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k, num_smallest=num_smallest)
+    assert found.converged
+    largest = np.max(np.abs(expected)) * (1 + 1e-5)
+    assert np.all(found.residuals <= 1e-3 * np.maximum(np.abs(found.values), 0.01 * largest))
+    assert_near_eigenvalues(found, expected)
+
+
+def test_repeated_eigenvalues_are_found_at_least_once_before_what_follows():
+    loss_fn, params = quadratic(FIVE_FOLD)
+    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k=5)
+    distinct = np.unique(FIVE_FOLD)[::-1]
+    indices = np.argmin(np.abs(found.values[:, None] - distinct), axis=1)
+    np.testing.assert_allclose(found.values, distinct[indices], rtol=1e-3)
+    assert set(indices) == set(range(max(indices) + 1))
 
 
 def test_tolerance_is_relative_to_each_value_beside_an_outlier():

@@ -24,11 +24,10 @@ class CountedPasses(list):
         return super().__iter__()
 
 
-@pytest.mark.parametrize("batches", [[jnp.ones(2), jnp.ones(6)], (jnp.ones(2), jnp.ones(2))], ids=["list", "tuple"])
-def test_line_on_a_quartic_in_closed_form(batches):
+def test_line_on_a_quartic_in_closed_form():
     loss_fn = lambda w, x: jnp.mean(x) * w["w"] ** 4  # noqa: E731
     positions = np.linspace(-0.5, 1.5, 9)
-    line = optax_sam.loss_along(loss_fn, {"w": -1.0}, {"w": 1.0}, batches, positions)
+    line = optax_sam.loss_along(loss_fn, {"w": -1.0}, {"w": 1.0}, [jnp.ones(2), jnp.ones(6)], positions)
     points, step = 2 * positions - 1, 0.2  # h = 0.1 in units of the line
     np.testing.assert_array_equal(line.positions, positions)
     np.testing.assert_allclose(line.losses, points**4, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,12 @@
 """Sharpness in the worst case and on average: against closed forms and formulas written out."""
 
+import contextlib
 import functools
+import gc
 import re
+import weakref
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +21,60 @@ from optax_sam.sharpness.rise import _worst_rise
 ONE = [jnp.ones(1)]
 EXAMPLES, SHARDS = mlp_batch(size=32), 4
 BATCHES = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], EXAMPLES) for i in range(SHARDS)]
+
+SIX = {"w": jnp.ones((3, 2))}
+OVER_BATCHES = {
+    "hessian_eigenvalues": functools.partial(optax_sam.hessian_eigenvalues, params=SIX),
+    "hessian_trace": functools.partial(optax_sam.hessian_trace, params=SIX, num_probes=2),
+    "spectral_density": functools.partial(optax_sam.spectral_density, params=SIX, num_probes=1, num_products=3),
+    "average_sharpness": functools.partial(optax_sam.average_sharpness, params=SIX, sigma=0.1, num_samples=2),
+    "loss_along": functools.partial(optax_sam.loss_along, first=SIX, second=SIX, positions=[0.5]),
+    "loss_surface": functools.partial(optax_sam.loss_surface, params=SIX, positions=[0.0, 0.5]),
+}
+INSTRUMENTS = {name: functools.partial(measure, batches=ONE) for name, measure in OVER_BATCHES.items()}
+INSTRUMENTS["m_sharpness"] = functools.partial(optax_sam.m_sharpness, params=SIX, batch=jnp.ones(4), rho=0.1, steps=2)
+every_instrument = pytest.mark.parametrize("measure", INSTRUMENTS.values(), ids=INSTRUMENTS)
+
+
+class Model:
+    def __init__(self, scales):
+        self.scales = scales
+
+    def loss(self, w, x):
+        return jnp.mean(x) * jnp.sum(self.scales * w["w"] ** 2)
+
+
+class Module(eqx.Module):
+    """Not hashable, and neither are its bound methods."""
+
+    scales: jax.Array
+    loss = Model.loss
+    __call__ = Model.loss
+
+
+class Slotted:
+    """Not weakly referenced."""
+
+    __slots__ = ()
+
+    def __call__(self, w, x):
+        return jnp.mean(x) * jnp.sum(w["w"] ** 2)
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list of the programs that are compiled meanwhile."""
+    found = []
+
+    def listener(event, duration, **details):
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def bowl(w, x):
@@ -188,6 +246,85 @@ def test_dtypes_and_compilations(measure):
         traces.clear()
         measure(loss_fn, double)
         assert set(jax.tree.leaves(traces[0])) == {jnp.dtype("float64")}
+
+
+@every_instrument
+def test_what_a_loss_closes_over_dies_with_it(measure):
+    def make_loss():
+        on_device, on_host = jnp.ones((3, 2)), np.ones((3, 2), np.float32)
+        loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(on_device * on_host * w["w"] ** 2)  # noqa: E731
+        return loss_fn, weakref.ref(on_device), weakref.ref(on_host)
+
+    loss_fn, *captured = make_loss()
+    measure(loss_fn)
+    assert all(reference() is not None for reference in captured)
+    del loss_fn
+    gc.collect()
+    assert all(reference() is None for reference in captured)
+
+
+@pytest.mark.parametrize("kind", [Model, Module])
+@every_instrument
+def test_bound_method_compiles_once_and_dies_with_its_owner(measure, kind):
+    model = kind(jnp.ones((3, 2)))
+    measure(model.loss)
+    with compilations() as found:
+        measure(model.loss)
+    assert not found
+    captured = weakref.ref(model.scales)
+    with compilations() as found:
+        measure(kind(model.scales).loss)
+    assert found
+    del model
+    gc.collect()
+    assert captured() is None
+
+
+@every_instrument
+def test_callable_objects_need_neither_hash_nor_weak_reference(measure):
+    module, slotted = Module(jnp.ones((3, 2))), Slotted()
+    found = measure(module)
+    with compilations() as compiled:
+        measure(module)
+    assert not compiled
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(measure(slotted)), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-6)
+
+
+def test_loss_that_closes_over_tracers_leaves_none_behind():
+    expected = 2 * optax_sam.m_sharpness(mlp_loss, mlp_params(), EXAMPLES, 0.1, SHARDS)
+
+    def scaled(factor):
+        return optax_sam.m_sharpness(lambda w, x: factor * mlp_loss(w, x), mlp_params(), EXAMPLES, 0.1, SHARDS)
+
+    with jax.checking_leaks():
+        for _ in range(2):
+            step = jax.jit(lambda factor: scaled(factor))
+            np.testing.assert_allclose([step(2.0), step(2.0)], expected, rtol=1e-5)
+
+
+def test_owner_that_changes_within_a_trace_is_read_each_time():
+    @jax.jit
+    def both(first, second):
+        model = Model(first)
+        found = INSTRUMENTS["m_sharpness"](model.loss)
+        model.scales = second
+        return found, INSTRUMENTS["m_sharpness"](model.loss)
+
+    once, twice = both(jnp.ones((3, 2)), jnp.full((3, 2), 2.0))
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", OVER_BATCHES.values(), ids=OVER_BATCHES)
+def test_tuples_of_trees_are_several_batches(measure):
+    def loss_fn(w, batch):
+        return jnp.mean(jax.tree.leaves(batch)[0]) * jnp.sum(w["w"] ** 2)
+
+    first, second = jnp.ones(2), jnp.full(4, 3.0)
+    expected = jax.tree.leaves(measure(loss_fn, batches=[first, second]))
+    for batches in (({"x": first}, {"x": second}), ((first, first), (second, second)), ([first], [second])):
+        for leaf, other in zip(jax.tree.leaves(measure(loss_fn, batches=batches)), expected, strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-6)
 
 
 def test_order_of_the_examples_does_not_matter_in_float64():

@@ -37,10 +37,12 @@ class Eigenvalues(NamedTuple):
 
     Attributes:
         values: (k + num_smallest,) float64, the k largest and then the smallest ones, all in descending order.
-        residuals: (k + num_smallest,) float64: some eigenvalue of the Hessian is at most this far from each value; that
-            none larger was missed is likely, not certain.
-        num_products: the number of products of the Hessian with a vector that it took.
-        converged: whether all residuals are within the tolerance.
+        residuals: (k + num_smallest,) float64. Each value lies within its residual of a true eigenvalue, but for
+            rounding. A larger one may, rarely, be missed.
+        num_products: how many products of the Hessian with a vector it took.
+        converged: whether every residual is ≤ ``rtol · max(|value|, 0.01 · largest |value|)``. This promises neither
+            multiplicity (a repeated eigenvalue may be returned once, and what follows it is then one further down) nor
+            the relative accuracy of values far below the largest.
     """
 
     values: np.ndarray
@@ -81,21 +83,23 @@ def hessian_eigenvalues(
 ) -> Eigenvalues:
     r"""The k largest eigenvalues of the Hessian H = ∇²L(w), and the smallest, by Lanczos.
 
-    Largest means algebraically, not in magnitude. Residuals are those of H as it is computed: in float32, or as exact
-    as the matrix products of the loss. Eigenvalues that repeat, or lie closer together than the tolerance, may be found
-    once only; then what is returned as the k-th largest is one further down. Each product H·v costs two to four
-    gradients of every batch. Memory: one copy of the params, with their shardings, for each product so far, and a few
-    more.
+    Largest means algebraically, not in magnitude. Each value lies within its residual of a true eigenvalue of H as it
+    is computed, with the rounding of float32 and of the matrix products of the loss. An eigenvalue that repeats, or
+    several that lie closer together than the tolerance, may be returned once; what follows is then one further down.
+    Values below a hundredth of the largest magnitude are accurate relative to that, not to themselves.
+
+    Each product H·v costs two to four gradients of every batch. Memory: one copy of the params, with their shardings,
+    for each product so far, and a few more.
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
-        batches: list of batches that make up L, or another iterable that can be gone through repeatedly.
+        batches: list of batches that make up L, or another re-iterable collection.
         k: how many of the largest, ≥ 1.
         num_smallest: how many of the smallest, ≥ 0.
-        rtol: ends when each residual is at most rtol times its value, where this is less than a hundredth of the
-            largest magnitude: times that.
-        max_products: ends with a warning after so many products H·v.
+        rtol: stops once every residual is ≤ ``rtol · max(|value|, 0.01 · largest |value|)``, the largest at both ends
+            of the spectrum, returned or not.
+        max_products: stops with a warning after so many products H·v.
         progress: whether to show a progress bar (needs tqdm).
 
     Returns:
@@ -167,7 +171,7 @@ def hessian_trace(
     Args:
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
-        batches: list of batches that make up the loss, or another iterable that can be gone through repeatedly.
+        batches: list of batches that make up the loss, or another re-iterable collection.
         num_probes: products with H, ≥ 2; the standard error falls with its square root.
         key: of ``jax.random``, for the probes; None: a fixed one.
         progress: whether to show a progress bar (needs tqdm).
@@ -218,7 +222,7 @@ def spectral_density(
     Args:
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
-        batches: list of batches that make up the loss, or another iterable that can be gone through repeatedly.
+        batches: list of batches that make up the loss, or another re-iterable collection.
         num_probes: random vectors to average over.
         num_products: products with H for each of them, the number of nodes; at most that of the params is used.
         key: of ``jax.random``, for the probes; None: a fixed one.

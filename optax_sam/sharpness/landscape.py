@@ -64,7 +64,7 @@ def loss_along(
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         first: tree of float arrays.
         second: tree of the same structure and shapes.
-        batches: list of batches that make up the loss, or another iterable that can be gone through repeatedly.
+        batches: list of batches that make up the loss, or another re-iterable collection.
         positions: (P,) the λ; None: 29 from −0.2 to 1.2.
         h: the distance of the second differences, > 0.
         progress: whether to show a progress bar (needs tqdm).
@@ -117,7 +117,7 @@ def loss_surface(
     Args:
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
-        batches: list of batches that make up the loss, or another iterable that can be gone through repeatedly.
+        batches: list of batches that make up the loss, or another re-iterable collection.
         positions: (P,) the coordinates along each of the directions; None: 21 from −1 to 1.
         key: of ``jax.random``, for the directions; None: a fixed one.
         progress: whether to show a progress bar (needs tqdm).

@@ -97,7 +97,7 @@ def average_sharpness(
     Args:
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
-        batches: list of batches that make up the loss, or another iterable that can be gone through repeatedly.
+        batches: list of batches that make up the loss, or another re-iterable collection.
         sigma: standard deviation of each element of δ, ≥ 0.
         num_samples: how many δ, ≥ 2; all batches see the same ones.
         key: of ``jax.random``, for the samples; None: a fixed one.

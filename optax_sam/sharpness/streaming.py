@@ -1,16 +1,17 @@
-r"""Streaming: what the instruments have in common, losses over batches that are in memory one at a time.
+r"""Streaming: what the instruments share, losses over batches that are in memory one at a time.
 
 An instrument takes a loss function ``loss_fn(params, batch)`` that returns the mean over the examples of the batch, and
-``batches``, an iterable that can be gone through again and again and is the same each time: a list of batches, of
-indices of what the loss reads, or an object that loads them; nothing is shuffled or drawn anew. The loss L(w) is the
-mean over all examples; a batch weighs as much as its arrays are long, padding included.
+``batches``, a re-iterable collection that yields the same batches on every pass: a list of batches, of indices of what
+the loss reads, or an object that loads them. The loss L(w) is the mean over all examples; a batch weighs as much as its
+arrays are long, padding included.
 
-``loss_fn`` is compiled at its first use and kept, as by ``jax.jit``: what it closes over is read then, and never again.
-What changes goes into params or batch. It returns a scalar of float32 or wider. Leaves of the params that are narrower
-are widened first.
+``loss_fn`` is compiled at the first call and the program kept while the function lives; of a bound method, while its
+owner lives. Values captured by closure, or read from the owner, are frozen at the first call; pass anything that
+changes through params or batch. The loss is a scalar of float32 or wider. Narrower params are widened first.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,18 +61,17 @@ def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Each batch after the number of its examples; a batch without arrays counts as one example."""
     if isinstance(batches, Iterator):
         raise ValueError(
-            "batches must be an iterable that can be gone through again and again, such as a list; got an iterator, "
-            "which would be empty the second time."
+            "batches must be a re-iterable collection, such as a list; got an iterator, which is empty after one pass."
         )
     if isinstance(batches, (Mapping, jax.Array, np.ndarray)) or not isinstance(batches, Iterable):
         raise ValueError(
             f"batches must be an iterable of batches; got {type(batches).__name__}. A single batch goes into a list: "
             "[batch]; of a stack of batches make one: list(stack)."
         )
-    if isinstance(batches, tuple) and len({jnp.shape(leaf) for leaf in batches if hasattr(leaf, "shape")}) > 1:
+    if isinstance(batches, tuple) and any(hasattr(part, "shape") for part in batches):
         raise ValueError(
-            "batches must be an iterable of batches; got a tuple of arrays of different shapes, which looks like a "
-            "single batch: [batch]."
+            "batches must be an iterable of batches; got a tuple of arrays. Pass [batch] for one batch, a list for "
+            "several."
         )
     batch = no_batch = object()
     for batch in batches:
@@ -97,21 +97,38 @@ def means_over(
 
 
 def once_per_loss(compile_for: Callable[..., Any]) -> Callable[..., Any]:
-    """``compile_for(loss_fn, ...)``, called once for a loss function; raises unless that can be found again."""
-    kept = functools.lru_cache(maxsize=16)(compile_for)
+    """``compile_for(loss_fn, ...)``, called once for a loss function, whose life it does not prolong.
+
+    A bound method, made anew at each access, stands for its owner. What cannot be weakly referenced is compiled for
+    each call; under ``jax.jit``, where it becomes a part of another program, it is traced for each.
+    """
+    programs = {}
 
     @functools.wraps(compile_for)
-    def find(loss_fn: LossFn, *options: Any) -> Any:
+    def find(loss_fn: Any, *options: Any) -> Any:
         check_function("loss_fn", loss_fn, "params and a batch")
+        if isinstance(jnp.zeros([]), Tracer):
+            return compile_for(loss_fn, *options)
         try:
-            hash(loss_fn)
-        except TypeError as error:
-            raise TypeError(
-                f"loss_fn must be hashable; {type(loss_fn).__name__} is not. Pass a function that calls it."
-            ) from error
-        return kept(loss_fn, *options)
+            parts = loss_fn.__func__, loss_fn.__self__
+        except AttributeError:
+            parts = (loss_fn,)
+        key = *map(id, parts), *options
+        if key not in programs:
+            try:
+                references = [weakref.ref(part, lambda _: programs.pop(key, None)) for part in parts]
+            except TypeError:
+                return compile_for(loss_fn, *options)
+            programs[key] = compile_for(functools.partial(_call, references), *options)
+        return programs[key]
 
     return find
+
+
+def _call(references: list[Callable[[], Any]], *args: Any) -> Any:
+    """Calls a function, or one with the owner that it was bound to."""
+    function, *owner = [reference() for reference in references]
+    return function(*owner, *args)
 
 
 @once_per_loss
