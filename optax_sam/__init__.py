@@ -1,5 +1,6 @@
 """Sharpness-aware minimization as Optax gradient transformations."""
 
+from optax_sam._norms import norm, vdot
 from optax_sam.ascent import AscentState, adaptive_ascent, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
 from optax_sam.estimator import GradientEstimator, gradient_estimator, value_and_grad
@@ -42,6 +43,7 @@ __all__ = [
     "measurements",
     "micro_batched",
     "msam",
+    "norm",
     "normalized_ascent",
     "renormalized",
     "sam",
@@ -54,4 +56,5 @@ __all__ = [
     "unnormalized_ascent",
     "usam",
     "value_and_grad",
+    "vdot",
 ]

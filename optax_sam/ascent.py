@@ -6,17 +6,16 @@ climbs along an average of gradients, and ``optax.chain(optax.freeze(mask), norm
 leaves alone.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_sam.axes import Declared, axes_of_leaves, vary
-from optax_sam.checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, check_state, is_float
+from optax_sam._norms import at_length, norm, scaled, widen
+from optax_sam.axes import Declared
+from optax_sam.checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, check_state
 
 
 class AscentState(NamedTuple):
@@ -60,9 +59,7 @@ def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformati
 
     def perturbation(radius, updates, params, shards):
         del params
-        norm = norm_of(updates, shards)
-        factor = divide(radius, norm.ratio)
-        return jax.tree.map(lambda g: rescale(g, norm.unit, factor), updates)
+        return at_length(updates, norm(updates, shards), radius)
 
     return _ascent(rho, perturbation)
 
@@ -96,8 +93,7 @@ def unnormalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransforma
 
     def perturbation(radius, updates, params, shards):
         del params, shards
-        one = jnp.ones([], jnp.float32)
-        return jax.tree.map(lambda g: rescale(g, one, jnp.asarray(radius)), updates)
+        return scaled(updates, radius)
 
     return _ascent(rho, perturbation)
 
@@ -143,11 +139,8 @@ def adaptive_ascent(
         check_alike("params", params, "updates", updates)
         widths = jax.tree.map(lambda w, g: (jnp.abs(widen(w)) + eta).astype(widen(g).dtype), params, updates)
         stretched = jax.tree.map(lambda t, g: t * widen(g), widths, updates)
-        norm = norm_of(stretched, shards)
-        factor = divide(radius, norm.ratio)
-        return jax.tree.map(
-            lambda t, h, g: (t * rescale(h, norm.unit, factor)).astype(jnp.asarray(g).dtype), widths, stretched, updates
-        )
+        climb = at_length(stretched, norm(stretched, shards), radius)
+        return jax.tree.map(lambda t, e, g: (t * e).astype(jnp.asarray(g).dtype), widths, climb, updates)
 
     return _ascent(rho, perturbation)
 
@@ -175,107 +168,3 @@ def _ascent(
         return perturbation(radius, updates, params, shards), AscentState(ascent_step=next_step)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class Norm(NamedTuple):
-    """The L2 norm unit · ratio of a tree, in two factors that do not overflow where it or its square would.
-
-    Attributes:
-        unit: a power of two; 1 unless the largest element is extreme.
-        ratio: the norm in this unit.
-    """
-
-    unit: jax.Array
-    ratio: jax.Array
-
-
-def norm_of(tree: Any, shards: Declared = ()) -> Norm:
-    """L2 norm over all leaves and all their shards, in float32 or wider; exact zero for zero.
-
-    ``optax.tree.norm`` squares and adds in the dtype of the leaves: bfloat16 sums are off by half, float16 ones
-    overflow.
-    """
-    pairs = zip(jax.tree.leaves(tree), axes_of_leaves(tree, shards), strict=True)
-    leaves = [(widen(leaf), axes) for leaf, axes in pairs if jnp.size(leaf)]
-    wide = any(jnp.finfo(leaf.dtype).bits > 32 for leaf, _ in leaves)
-    dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
-    if not leaves:
-        return Norm(unit=jnp.ones([], dtype), ratio=jnp.zeros([], dtype))
-    leaves = [(leaf.astype(np.result_type(leaf.dtype, dtype)), axes) for leaf, axes in leaves]
-    leaves_by_axes = {}
-    for leaf, axes in leaves:
-        leaves_by_axes.setdefault(axes, []).append(leaf)
-    groups = [(axes, *_square_of(leaves)) for axes, leaves in leaves_by_axes.items()]
-    unit = functools.reduce(jnp.maximum, [_over(jax.lax.pmax, own, axes) for axes, own, _ in groups])
-    unit = jnp.where(unit == 0, 1, unit)
-    sums = [_over(jax.lax.psum, square * (own / unit) * (own / unit), axes) for axes, own, square in groups]
-    square = functools.reduce(jnp.add, sums)
-    zero = square == 0
-    return Norm(unit, ratio=jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square))))
-
-
-def _square_of(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """A unit, 0 for zeros and else a power of two, and the squared norm of the leaves in it: it does not overflow."""
-    square = functools.reduce(jnp.add, map(_sum_of_squares, leaves))
-    # A GPU waits for the host to branch, so that the longer way costs less; and on an Explicit mesh there is no
-    # branching under vmap.
-    if jax.default_backend() != "cpu" or any(jax.typeof(leaf).sharding.mesh.explicit_axes for leaf in leaves):
-        return _rescaled_square(leaves, square)
-    large = 2.0 ** (jnp.finfo(square.dtype).maxexp // 2)
-    return jax.lax.cond((square > 1 / large) & (square < large), _given_square, _rescaled_square, leaves, square)
-
-
-def _given_square(leaves: list[jax.Array], square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del leaves
-    return jnp.ones_like(square), square
-
-
-def _rescaled_square(leaves: list[jax.Array], square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    del square
-    # A scale for each leaf, and a division by the unit of all: what is cheap and depends on all leaves, XLA would
-    # repeat in the loop over each of them, and take minutes to compile a few hundred.
-    units, squares = map(jnp.stack, zip(*map(_rescaled_square_of_leaf, leaves), strict=True))
-    unit = jnp.max(units)
-    safe = jnp.where(unit == 0, 1, unit)
-    return unit, jnp.sum(squares * (units / safe) * (units / safe))
-
-
-def _rescaled_square_of_leaf(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A unit, 0 for zeros, and the squared norm of the leaf in it; that of the largest element does not underflow."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(leaf)))
-    safe = 5 * jnp.finfo(peak.dtype).maxexp // 16
-    is_small = (peak > 0) & (peak < 2.0**-safe)
-    scale = jnp.where(peak > 2.0**safe, 4.0**-safe, jnp.where(is_small, 4.0**safe, 1.0)).astype(peak.dtype)
-    return jnp.where(peak == 0, 0, 1 / scale), _sum_of_squares(leaf * scale)
-
-
-def _over(reduce: Callable[..., jax.Array], x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """x, reduced over mapped axes if there are any."""
-    return reduce(vary(x, axes), axes) if axes else x
-
-
-def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
-    """The leaf as an array of float32 (complex64) or wider."""
-    leaf = jnp.asarray(leaf)
-    if not is_float(leaf):
-        raise TypeError(f"updates and params must have floating-point leaves; got one of dtype {leaf.dtype}.")
-    return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
-
-
-def _sum_of_squares(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(leaf.real) + jnp.square(leaf.imag)) if jnp.iscomplexobj(leaf) else jnp.sum(leaf * leaf)
-
-
-def rescale(leaf: jax.typing.ArrayLike, unit: jax.Array, factor: jax.Array) -> jax.Array:
-    """leaf / unit · factor in float32 or wider, back in the leaf's dtype."""
-    leaf = jnp.asarray(leaf)
-    wide = widen(leaf)
-    wide = wide.astype(np.result_type(wide.dtype, unit.dtype))
-    real = jnp.finfo(wide.dtype).dtype
-    return (wide * (1 / unit).astype(real) * factor.astype(real)).astype(leaf.dtype)
-
-
-def divide(target: jax.typing.ArrayLike, ratio: jax.Array) -> jax.Array:
-    """target / ratio, and zero for a ratio of zero."""
-    zero = ratio == 0
-    return jnp.where(zero, 0, jnp.asarray(target).astype(ratio.dtype) / jnp.where(zero, 1, ratio))

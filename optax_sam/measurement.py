@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import get_opaque_trace_state
 
-from optax_sam.ascent import Norm, divide, norm_of, rescale, widen
+from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.axes import Declared, check_declared, noting_averages, varying_axes
 from optax_sam.checks import as_link, check_function, check_loss, check_pair, check_state
 from optax_sam.switching import SwitchState
@@ -257,16 +257,10 @@ def _missing(name: str) -> str:
 
 def _norms_and_cosine(clean: Any, displacement: Any, outputs: Any, shards: Declared) -> list[jax.Array]:
     """‖g‖, ‖ε‖, ‖s‖ and cos(g, s)."""
-    clean_norm, length, sam_norm = (norm_of(tree, shards) for tree in (clean, displacement, outputs))
+    clean_norm, length, sam_norm = (norm(tree, shards) for tree in (clean, displacement, outputs))
     # For small angles this is right to the last bit; a sum of products would be off by several, and exceed 1.
-    difference = jax.tree.map(lambda g, s: _over_norm(g, clean_norm) - _over_norm(s, sam_norm), clean, outputs)
-    apart = norm_of(difference, shards)
-    cosine = jnp.clip(1 - (apart.unit * apart.ratio) ** 2 / 2, -1, 1)
-    clean_is_zero, sam_is_zero = clean_norm.ratio == 0, sam_norm.ratio == 0
+    units = at_length(wide(clean), clean_norm, 1.0), at_length(wide(outputs), sam_norm, 1.0)
+    cosine = jnp.clip(1 - norm(jax.tree.map(jnp.subtract, *units), shards) ** 2 / 2, -1, 1)
+    clean_is_zero, sam_is_zero = clean_norm == 0, sam_norm == 0
     cosine = jnp.where(clean_is_zero | sam_is_zero, (clean_is_zero & sam_is_zero).astype(cosine.dtype), cosine)
-    norms = [norm.unit * norm.ratio for norm in (clean_norm, length, sam_norm)]
-    return [x.astype(jnp.float32) for x in (*norms, cosine)]
-
-
-def _over_norm(leaf: jax.typing.ArrayLike, norm: Norm) -> jax.Array:
-    return rescale(widen(leaf), norm.unit, divide(1, norm.ratio))
+    return [x.astype(jnp.float32) for x in (clean_norm, length, sam_norm, cosine)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_sam.ascent import widen
+from optax_sam._norms import widen
 from optax_sam.averaging import leading_size, mean_of_stack
 from optax_sam.axes import vary
 from optax_sam.checks import is_float

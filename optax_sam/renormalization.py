@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import divide, norm_of, rescale
+from optax_sam._norms import at_length, norm
 from optax_sam.axes import check_declared, noting_averages
 from optax_sam.checks import as_link, check_nonnegative
 
@@ -57,11 +57,9 @@ def renormalized(
                 "average is not that of what it was made of. Averaging belongs around the renormalization: "
                 "`micro_batched(renormalized(inner))`."
             )
-        norm, target = norm_of(outputs, shards), norm_of(updates, shards)
-        gap = jnp.sqrt(target.unit) / jnp.sqrt(norm.unit)  # its square may overflow where the scale does not
-        scale = divide(target.ratio, norm.ratio) * gap * gap
+        length, current = norm(updates, shards), norm(outputs, shards)
         if max_scale is not None:
-            scale = jnp.minimum(scale, jnp.asarray(max_scale).astype(scale.dtype))
-        return jax.tree.map(lambda s: rescale(s, jnp.ones_like(scale), scale), outputs), state
+            length = jnp.minimum(length, jnp.asarray(max_scale).astype(current.dtype) * current)
+        return at_length(outputs, current, length), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

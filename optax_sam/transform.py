@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import widen
+from optax_sam._rounding import rounded_sum
 from optax_sam.axes import check_declared, vary, varying_axes
 from optax_sam.checks import (
     NO_PARAMS_MESSAGE,
@@ -105,6 +105,7 @@ def sharpness_aware(
         check_state(state, SharpnessAwareState)
         gradient_at = _gradient_function(grad_fn, value_fn, batch)
         check_floating("params", params)
+        _check_width(params)
         _check_gradient("updates", updates, params)
         check_declared(params, updates, shards)
         gradient, ascent_state = updates, state.ascent_state
@@ -199,6 +200,17 @@ def _check_gradient(what: str, gradient: Any, params: Any) -> None:
     check_floating(what, gradient, cure="Pass what jax.grad(loss_fn) returns")
 
 
+def _check_width(params: Any) -> None:
+    """Raises for params of 8 bits or less: ε of the usual size would be zero in their dtype."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if jnp.finfo(jnp.result_type(leaf)).bits < 16:
+            raise TypeError(
+                f"params must have leaves of 16 bits or more, or ε rounds to zero; got {jnp.result_type(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'the only leaf'}. Keep params in bfloat16 or wider, and cast them in "
+                "the loss."
+            )
+
+
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
@@ -210,29 +222,5 @@ def _displaced(params: Any, perturbation: Any, like: Any) -> Any:
     the ascent leaves alone would be such a point, and its gradient too large by the number of devices.
     """
     return jax.tree.map(
-        lambda w, e, g: vary(_moved(jnp.asarray(w), jnp.asarray(e)), varying_axes(g)), params, perturbation, like
+        lambda w, e, g: vary(rounded_sum(jnp.asarray(w), jnp.asarray(e)), varying_axes(g)), params, perturbation, like
     )
-
-
-def _moved(param: jax.Array, step: jax.Array) -> jax.Array:
-    """param + step in the param's dtype; below 32 bits rounded up or down with probabilities that keep the mean."""
-    if jnp.finfo(param.dtype).bits >= 32:
-        return param + step.astype(param.dtype)
-    exact = widen(param) + widen(step).astype(jnp.float32)
-    nearest = exact.astype(param.dtype)
-    away = jnp.where(exact > widen(nearest), jnp.inf, -jnp.inf).astype(param.dtype)
-    other = jnp.nextafter(nearest, away)
-    chance = jnp.abs(exact - widen(nearest)) / jnp.abs(widen(other) - widen(nearest))
-    return jnp.where(_hash_uniform(widen(param), exact) < chance, other, nearest)
-
-
-def _hash_uniform(x: jax.Array, y: jax.Array) -> jax.Array:
-    """A number in [0, 1) for each pair of float32 elements and its place: no key, no state, alike on all devices."""
-    place = jnp.zeros_like(x, jnp.uint32)  # without it, leaves of equal elements would be rounded all up or all down
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) * jnp.uint32(0x9E3779B1)
-    bits = (bits ^ jax.lax.bitcast_convert_type(y, jnp.uint32)) + place * jnp.uint32(0x27D4EB2F)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from optax_sam.ascent import divide, norm_of, rescale
+from optax_sam._norms import at_length, norm
 
 BLOCK = 16  # vectors of the basis that are allocated at once
 NOT_FINITE_MESSAGE = "The Hessian is not finite at these params: a product with it holds nan or inf."
@@ -166,9 +166,8 @@ def _normalized(vector: Any) -> tuple[Any, float]:
 @jax.jit
 def _unit_and_length(vector: Any) -> tuple[Any, jax.Array]:
     """The vector at length 1, or zero, and its length."""
-    norm = norm_of(vector)
-    factor = divide(1.0, norm.ratio)
-    return jax.tree.map(lambda leaf: rescale(leaf, norm.unit, factor), vector), norm.unit * norm.ratio
+    length = norm(vector)
+    return at_length(vector, length, 1.0), length
 
 
 def _empty_block(leaf: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_sam.ascent import widen
+from optax_sam._norms import widen
 from optax_sam.averaging import leading_size
 from optax_sam.checks import check_choice, check_floating, check_function, check_loss, is_real
 

@@ -1,0 +1,176 @@
+"""Norms and inner products, against NumPy in float64 and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from problems import assert_close
+
+import optax_sam
+from optax_sam import _norms
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "gpu"])
+SIZES = pytest.mark.parametrize("scale", [1e-32, 1e-18, 1e-9, 1.0, 1e4, 1e5, 1e9, 1e18, 1e32])
+
+
+@pytest.fixture(autouse=True)
+def traced_anew():
+    yield
+    jax.clear_caches()
+
+
+def exact(tree):
+    return [np.asarray(leaf).astype(np.complex128).ravel() for leaf in jax.tree.leaves(tree)]
+
+
+def exact_norm(tree):
+    return np.linalg.norm(np.concatenate(exact(tree)))
+
+
+@BACKENDS
+@SIZES
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
+def test_norm_of_any_size_is_that_of_numpy(monkeypatch, backend, scale, jit):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    tree = {"a": jnp.asarray(scale * rng.normal(size=(3, 2)), jnp.float32), "b": jnp.float32(scale), "none": None}
+    np.testing.assert_allclose(float(jit(optax_sam.norm)(tree)), exact_norm(tree), rtol=1e-6)
+
+
+@BACKENDS
+@pytest.mark.parametrize("length", [1e-18, 1.0, 1e18])
+def test_norm_of_a_million_elements_beside_one(monkeypatch, backend, length):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tree = [jnp.full(1_000_000, length / 1e3, jnp.float32), jnp.full(1, length, jnp.float32)]
+    np.testing.assert_allclose(float(optax_sam.norm(tree)), exact_norm(tree), rtol=1e-5)
+
+
+def test_small_elements_beside_one_that_takes_the_second_scale():
+    tree = [jnp.full(1_000_000, 30.0), jnp.array([7e4])]
+    np.testing.assert_allclose(float(optax_sam.norm(tree)), exact_norm(tree), rtol=1e-6)
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-35, 1e35, 3e38])
+def test_norm_beyond_all_measure_is_no_nan(monkeypatch, backend, scale):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tree = jnp.full(4, scale, jnp.float32)
+    derivative = jax.grad(optax_sam.norm)(tree)
+    assert not np.isnan(float(optax_sam.norm(tree)))
+    assert np.all(np.isfinite(derivative))
+    assert not np.isnan(float(optax_sam.vdot(tree, tree)))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    assert not np.isfinite(float(optax_sam.norm([jnp.ones(2), jnp.array(bad)])))
+
+
+@pytest.mark.parametrize(("backend", "loop"), [("cpu", "while"), ("gpu", "scan")])
+def test_only_a_cpu_stops_after_the_first_scale(monkeypatch, backend, loop):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = str(jax.make_jaxpr(lambda tree: optax_sam.norm(tree))(jnp.ones(3)))
+    assert [kind for kind in ("while[", "scan[") if kind in program] == [f"{loop}["]
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e4])
+def test_norms_of_the_usual_size_are_taken_in_one_pass(monkeypatch, scale):
+    monkeypatch.setattr(_norms, "SCALES", (_norms.SCALES[0], np.nan))
+    np.testing.assert_allclose(optax_sam.norm(scale * jnp.array([3.0, 4.0])), 5.0 * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(jnp.float16, 1e-5), (jnp.float16, 1e4), (jnp.bfloat16, 1.0)])
+def test_sums_of_narrow_dtypes_are_taken_in_float32(dtype, scale):
+    tree = {"a": jnp.full(500_000, scale, dtype), "b": jnp.full(500_000, scale, dtype)}
+    norm, square = optax_sam.norm(tree), optax_sam.vdot(tree, tree)
+    assert norm.dtype == square.dtype == jnp.float32
+    np.testing.assert_allclose(float(norm), exact_norm(tree), rtol=1e-5)
+    np.testing.assert_allclose(float(square), exact_norm(tree) ** 2, rtol=1e-5)
+
+
+def test_norms_of_complex_leaves_of_nothing_and_of_mixtures():
+    assert_close(optax_sam.norm({"z": jnp.array([3 + 4j]), "r": jnp.array([12.0])}), jnp.float32(13.0))
+    assert float(optax_sam.norm({})) == float(optax_sam.vdot({}, {})) == 0.0
+    assert float(optax_sam.norm({"empty": jnp.zeros((0, 3))})) == 0.0
+    with jax.enable_x64(True):
+        tree = [jnp.array([3.0, 0.0], jnp.float32), jnp.array([4e-8, 4.0]), jnp.array([12j], jnp.complex64)]
+        assert_close(optax_sam.norm(tree), jnp.float64(13.0))
+    with pytest.raises(TypeError, match="floating-point leaves; got one of dtype int32"):
+        optax_sam.norm(jnp.arange(3))
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_inner_products_are_those_of_numpy(scale, dtype):
+    rng = np.random.default_rng(1)
+
+    def tree():
+        parts = [rng.normal(size=shape) + 1j * rng.normal(size=shape) for shape in [(3, 2), (5,)]]
+        return [jnp.asarray(part if dtype == "complex64" else part.real, dtype) for part in parts]
+
+    a, b = tree(), tree()
+    expected = sum(np.vdot(x, y).real for x, y in zip(exact(a), exact(b), strict=True))
+    larger, smaller = ([leaf * np.float32(factor) for leaf in t] for t, factor in ((a, scale), (b, 1 / scale)))
+    np.testing.assert_allclose(float(optax_sam.vdot(larger, smaller)), expected, rtol=1e-5)
+
+
+def test_inner_products_of_trees_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"a must have the shapes of b; got \(2,\) instead of \(3,\)"):
+        optax_sam.vdot(jnp.ones(2), jnp.ones(3))
+    with pytest.raises(ValueError, match="a must have the tree structure of b"):
+        optax_sam.vdot([jnp.ones(2)], jnp.ones(2))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_derivatives_are_the_closed_form(scale):
+    x, direction = jnp.array([3.0, 4.0, 12.0]), jnp.array([1.0, -2.0, 0.5])
+    unit = x / 13
+    gradient = jax.grad(optax_sam.norm)(scale * x)
+    np.testing.assert_allclose(gradient, unit, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jvp(optax_sam.norm, (scale * x,), (direction,))[1], np.dot(unit, direction), rtol=1e-6
+    )
+    hessian = (np.eye(3) - np.outer(unit, unit)) / 13
+    np.testing.assert_allclose(jax.hessian(optax_sam.norm)(x), hessian, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(optax_sam.vdot)(x, direction), direction, rtol=1e-5)
+
+
+def test_norm_of_each_row_under_vmap():
+    rows = jnp.array([[3.0, 4.0], [0.0, 0.0], [3e18, 4e18], [3e-18, 4e-18]])
+    expected = [5.0, 0.0, 5e18, 5e-18]
+    np.testing.assert_allclose(jax.jit(jax.vmap(optax_sam.norm))(rows), expected, rtol=1e-6)
+    derivative = jax.vmap(jax.grad(optax_sam.norm))(rows)
+    np.testing.assert_allclose(derivative, [[0.6, 0.8], [0.0, 0.0], [0.6, 0.8], [0.6, 0.8]], rtol=1e-6)
+
+
+def renormalized_by_hand(inner):
+    """A link that somebody writes: StableSAM, times the cosine of the angle between both gradients."""
+
+    def update(updates, state, params=None, *, shards=(), **extra_args):
+        outputs, state = inner.update(updates, state, params, shards=shards, **extra_args)
+        clean, sam = optax_sam.norm(updates, shards), optax_sam.norm(outputs, shards)
+        cosine = optax_sam.vdot(updates, outputs, shards) / (clean * sam)
+        return jax.tree.map(lambda s: s * clean / sam * cosine, outputs), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_own_links_are_global_over_shards(check_vma):
+    params = {"sharded": jnp.arange(1.0, 17.0), "replicated": jnp.array([2.0, -1.0])}
+    mask = {"sharded": True, "replicated": False}
+    grad_fn = lambda w: jax.tree.map(lambda leaf: leaf**3 / 25, w)  # noqa: E731
+    link = renormalized_by_hand(optax_sam.sam(0.5))
+
+    def update(link):
+        return lambda w: link.update(grad_fn(w), link.init(w), w, grad_fn=grad_fn)[0]
+
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    specs = {"sharded": PartitionSpec("model"), "replicated": PartitionSpec()}
+    over_shards = update(optax_sam.sharded(link, "model", mask=None if check_vma else mask))
+    mapped = jax.shard_map(over_shards, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=check_vma)
+    assert_close(jax.device_get(jax.jit(mapped)(params)), jax.device_get(update(link)(params)))
+    local = jax.shard_map(update(link), mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
+    assert not np.allclose(jax.jit(local)(params)["sharded"], update(link)(params)["sharded"], rtol=1e-2)
