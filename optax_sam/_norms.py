@@ -177,7 +177,7 @@ def _first_finite_square(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]
         return (index == 0) | ((index == 1) & ~jnp.isfinite(square))
 
     index, square = jax.lax.while_loop(is_unfinished, take, (0, vary(start, varying_axes(leaves))))
-    return square, index == 1
+    return square, jnp.equal(index, 1)
 
 
 def _sum_of_squares(leaves: Sequence[jax.Array], scale: jax.Array, axes: Sequence[Axes]) -> jax.Array:
@@ -187,8 +187,9 @@ def _sum_of_squares(leaves: Sequence[jax.Array], scale: jax.Array, axes: Sequenc
 
 def _sum_of_products(first: Sequence[jax.Array], second: Sequence[jax.Array], axes: Sequence[Axes]) -> jax.Array:
     """The real part of the sum of products of all elements, and of all shards: one reduction for each set of axes."""
-    sums = {}
+    sums: dict[Axes, jax.Array] = {}
     for a, b, names in zip(first, second, axes, strict=True):
         product = a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
-        sums[names] = sums.get(names, 0) + jnp.sum(product)
-    return sum(jax.lax.psum(vary(x, names), names) if names else x for names, x in sums.items())
+        sums[names] = sums[names] + jnp.sum(product) if names in sums else jnp.sum(product)
+    totals = [jax.lax.psum(vary(x, names), names) if names else x for names, x in sums.items()]
+    return functools.reduce(jnp.add, totals)

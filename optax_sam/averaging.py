@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_sam._norms import widen
 from optax_sam.axes import AxisNames, as_axes, is_checked, note_average, vary, varying_axes
 from optax_sam.checks import as_link, is_float
 
@@ -150,9 +151,28 @@ def leading_size(**trees: Any) -> int | None:
     return next(iter(places), None)
 
 
-def mean_of_stack(tree: Any) -> Any:
-    """Means of the float leaves over their leading axis; of all other leaves the first entry."""
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if is_float(x) else _first_entry(x), tree)
+def shares_of(weights: jax.Array, total: jax.Array) -> jax.Array:
+    """The weights, divided by their total; zeros if that is zero."""
+    return jnp.where(total == 0, 0, weights / jnp.where(total == 0, 1, total))
+
+
+def weighted(x: jax.Array, share: jax.Array) -> jax.Array:
+    """share · x where x is float; what has no share does not count, even if it is not finite."""
+    if not is_float(x):
+        return x
+    product = widen(x) * share.astype(jnp.finfo(widen(x).dtype).dtype)
+    return jnp.where(share == 0, 0, product).astype(x.dtype)
+
+
+def mean_of_stack(tree: Any, shares: jax.Array | None = None) -> Any:
+    """Means of the float leaves over their leading axis, with shares (M,) if given; of all others the first entry."""
+
+    def mean(x):
+        if not is_float(x):
+            return _first_entry(x)
+        return jnp.mean(x, axis=0) if shares is None else jnp.sum(jax.vmap(weighted)(x, shares), axis=0)
+
+    return jax.tree.map(mean, tree)
 
 
 def _first_entry(stack: jax.Array) -> jax.Array:
@@ -162,20 +182,25 @@ def _first_entry(stack: jax.Array) -> jax.Array:
     return stack[0]
 
 
-def mean_over_axes(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Means of the float leaves over the members of mapped axes; of all other leaves the first member's."""
+def mean_over_axes(tree: Any, axes: tuple[str, ...], weight: jax.Array | None = None) -> Any:
+    """Means of the float leaves over the members of mapped axes, each with its weight if given; of all other leaves the
+    first member's.
+    """
     checked = is_checked(axes)
+    share = None if weight is None else shares_of(weight, jax.lax.psum(vary(weight, axes), axes))
+
+    def mean(leaf):
+        wide = widen(leaf) if leaf.dtype == jnp.float16 else leaf  # sums would overflow
+        if share is None:
+            return jax.lax.pmean(wide, axes).astype(leaf.dtype)
+        return jax.lax.psum(weighted(wide, share), axes).astype(leaf.dtype)
 
     def reduced(leaf):
         leaf = jnp.asarray(leaf)
         if checked and not varying_axes(leaf) & set(axes):
             return leaf
         leaf = vary(leaf, axes)
-        if not is_float(leaf):
-            return _of_first_member(leaf, axes)
-        if leaf.dtype == jnp.float16:  # sums would overflow
-            return jax.lax.pmean(leaf.astype(jnp.float32), axes).astype(leaf.dtype)
-        return jax.lax.pmean(leaf, axes)
+        return mean(leaf) if is_float(leaf) else _of_first_member(leaf, axes)
 
     return jax.tree.map(reduced, tree)
 

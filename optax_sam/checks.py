@@ -138,6 +138,16 @@ def check_pair(name: str, result: Any, parts: str) -> None:
         raise TypeError(f"{name} must return {parts}; got {_described(result)}.")
 
 
+def check_arrays(name: str, tree: Any) -> None:
+    """Raises unless all leaves are arrays or numbers."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise TypeError(
+                f"{name} must hold arrays and numbers, to be averaged; got {leaf!r} at {_place(path)}. Return what is "
+                "static in another way, and of modules and nnx.Rngs their state, `nnx.state(model)`."
+            )
+
+
 def _described(result: Any) -> str:
     """What a function returned, with the types of arrays in place of values or tracers."""
     return repr(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array) else x, result))

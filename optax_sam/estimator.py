@@ -7,19 +7,36 @@ example costs one gradient for the clean pass and as many as the link evaluates 
 micro-batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
 from optax_sam.axes import AxisNames, as_axes, check_mapped, vary
-from optax_sam.checks import as_link, check_choice, check_floating, check_function, check_int, check_loss, check_pair
-from optax_sam.micro_batches import STRATEGIES, check_batch, check_divisible, mean_over_micro_batches
+from optax_sam.checks import (
+    as_link,
+    check_arrays,
+    check_choice,
+    check_floating,
+    check_function,
+    check_int,
+    check_loss,
+    check_pair,
+    check_real,
+)
+from optax_sam.micro_batches import (
+    STRATEGIES,
+    check_batch,
+    check_divisible,
+    mean_over_micro_batches,
+    weights_of_micro_batches,
+)
 from optax_sam.sharding import mesh_axes_of_examples, num_devices, on_each_device
-from optax_sam.transform import check_not_summed, conjugated
+from optax_sam.transform import check_same_members, conjugated
 
 ASCENTS_PER = ("micro_batch", "device", "batch")
 
@@ -52,6 +69,8 @@ def gradient_estimator(
     ascent_per: str = "micro_batch",
     strategy: str = "auto",
     axis_name: AxisNames | None = None,
+    batch_argnums: int | Sequence[int] = 1,
+    weight_fn: Callable[..., Any] | None = None,
 ) -> GradientEstimator:
     r"""Applies a link to a loss function: one call returns the loss, the link's gradient and the link's new state.
 
@@ -127,7 +146,10 @@ def gradient_estimator(
             'devices are not visible. There, one ε per device is ascent_per="micro_batch" with num_micro_batches = the '
             'number of devices, and one ε for all is ascent_per="batch".'
         )
-    estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes)
+    if weight_fn is not None:
+        check_function("weight_fn", weight_fn, "a batch")
+    argnums = _as_argnums(batch_argnums)
+    estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes, argnums, weight_fn)
     return GradientEstimator(link.init, _checked_arguments(link.init, _on_the_devices_of_the_batch(estimate)))
 
 
@@ -141,21 +163,31 @@ class _Estimate(NamedTuple):
     ascent_per: str
     strategy: str
     axes: tuple[str, ...]
+    batch_argnums: tuple[int, ...]
+    weight_fn: Callable[..., Any] | None
 
-    def run(self, params: Any, state: optax.OptState, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    def run(self, params: Any, state: optax.OptState, batch: tuple, others: Any) -> tuple[Any, Any, Any]:
         """The loss (and aux), the gradient and the new state."""
         check_mapped(self.axes)
         check_replicated(params, self.axes)
+        if self.num_micro_batches > 1 and self.axes:
+            members = jax.lax.axis_size(self.axes)
+            check_divisible((leading_size(batch=batch) or 0) * members, members, self.num_micro_batches)
+        weights = self._weights(batch, others)
 
-        def local(point):
-            """The point, marked as varying over the axes: its gradient is then this member's own, not their sum."""
-            return jax.tree.map(lambda w: vary(jnp.asarray(w), self.axes), point) if self.axes else point
+        def mark(tree):
+            """The tree, marked as varying over the axes: its gradient is then this member's own, not their sum."""
+            return jax.tree.map(lambda x: vary(jnp.asarray(x), self.axes), tree) if self.axes else tree
 
         def apply_link(average):
             """Value, gradient and state of the link, where ``average`` runs over all the losses that share one ε."""
 
             def evaluate(loss_fn, point):
-                value, gradient = jax.value_and_grad(loss_fn, has_aux=self.has_aux)(local(point))
+                def member_loss(point):  # marked too: of a loss that is already averaged, a part would be missing
+                    value = loss_fn(point)
+                    return (mark(value[0]), value[1]) if self.has_aux else mark(value)
+
+                value, gradient = jax.value_and_grad(member_loss, has_aux=self.has_aux)(mark(point))
                 loss, aux = value if self.has_aux else (value, None)
                 return loss, aux, conjugated(gradient)
 
@@ -166,37 +198,87 @@ class _Estimate(NamedTuple):
                 return average(lambda loss_fn: evaluate(loss_fn, point)[::2])
 
             loss, aux, clean = average(lambda loss_fn: evaluate(loss_fn, params))
-            check_not_summed("loss_fn", loss, clean)
+            check_same_members("What loss_fn returns", loss, clean, params)
             extra_args = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
             outputs, next_state = self.link.update(clean, state, params, **extra_args)
             return (loss, aux) if self.has_aux else loss, conjugated(outputs), next_state
 
         def over_micro_batches(evaluate):
-            def evaluate_one(index, arguments, keywords):
-                arguments, keywords = _fold_keys((arguments, keywords), self._micro_batch_number(index))
-                return evaluate(lambda params: self._checked(self.loss_fn(params, *arguments, **keywords)))
+            def evaluate_one(index, micro_batch):
+                args, kwargs = _fold_keys(self._arguments(micro_batch, others), self._micro_batch_number(index))
+                return evaluate(lambda params: self._checked(self.loss_fn(params, *args, **kwargs)))
 
-            return mean_over_micro_batches(evaluate_one, args, kwargs, self.num_micro_batches, self.strategy)
+            return mean_over_micro_batches(evaluate_one, batch, self.num_micro_batches, self.strategy, weights)
 
         def over_devices(tree):
-            return mean_over_axes(tree, self.axes) if self.axes else tree
+            weight = None if weights is None else jnp.sum(weights)
+            return mean_over_axes(tree, self.axes, weight) if self.axes else tree
 
-        if self.num_micro_batches > 1 and self.axes:
-            members = jax.lax.axis_size(self.axes)
-            check_divisible((leading_size(batch=args[0]) or 0) * members, members, self.num_micro_batches)
         if self.ascent_per == "micro_batch":
             return over_devices(over_micro_batches(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
         if self.ascent_per == "device":
             return over_devices(apply_link(over_micro_batches))
         return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
 
+    def split_arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, Any]:
+        """The arguments that carry examples, and the others; raises if there is nothing to split, or too little is."""
+        numbers = [number for number in self.batch_argnums if number <= len(args)]
+        batch = tuple(args[number - 1] for number in numbers)
+        others = {number: arg for number, arg in enumerate(args, start=1) if number not in numbers}
+        if self.num_micro_batches > 1:
+            if len(numbers) < len(self.batch_argnums) and len(self.batch_argnums) > 1:
+                raise ValueError(
+                    f"batch_argnums={self.batch_argnums} names an argument that value_and_grad did not get: behind "
+                    f"params and state there are {len(args)}. Pass them by position, as loss_fn takes them."
+                )
+            names = ["batch"] if len(numbers) == 1 else [f"argument {number} of loss_fn" for number in numbers]
+            size = check_batch(dict(zip(names, batch, strict=True)), self.num_micro_batches)
+            self._check_shared(others, kwargs, size)
+        return batch, (others, kwargs)
+
+    def _arguments(self, batch: tuple, others: Any) -> tuple[tuple, dict[str, Any]]:
+        """What ``split_arguments`` took apart."""
+        rest, kwargs = others
+        args = rest | dict(zip(self.batch_argnums, batch, strict=False))
+        return tuple(args[number] for number in sorted(args)), kwargs
+
+    def _check_shared(self, others: dict[int, Any], kwargs: dict[str, Any], size: int) -> None:
+        """Raises if an argument that is not split could hold examples: it would be broadcast, silently."""
+        named = {f"argument {number} of loss_fn": (arg, number) for number, arg in others.items()}
+        named |= {f"keyword {name} of loss_fn": (arg, None) for name, arg in kwargs.items()}
+        for name, (tree, number) in named.items():
+            for leaf in jax.tree.leaves(tree):
+                if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim and leaf.shape[0] == size:
+                    numbers = (*self.batch_argnums, "its position" if number is None else number)
+                    raise ValueError(
+                        f"{name} has a leading axis of {size}, as the batch has, and is not split into micro-batches. "
+                        f"If it holds examples, pass batch_argnums=({', '.join(map(str, numbers))}); if all "
+                        "micro-batches share it, let loss_fn close over it."
+                    )
+
+    def _weights(self, batch: tuple, others: Any) -> jax.Array | None:
+        """The weight of each micro-batch, (num_micro_batches,) in float32 or wider."""
+        if self.weight_fn is None:
+            return None
+        weight_fn = self.weight_fn
+
+        def weight(micro_batch):
+            args, _ = self._arguments(micro_batch, others)
+            value = weight_fn(*args)
+            check_real("what weight_fn returns", value)
+            return jnp.asarray(value, jnp.result_type(float))
+
+        return weights_of_micro_batches(weight, batch, self.num_micro_batches)
+
     def _checked(self, value: Any) -> Any:
         """What loss_fn returned, refused unless that is the loss, or the loss and aux."""
-        if self.has_aux:
-            check_pair("loss_fn", value, "(loss, aux), as has_aux=True says")
-            check_loss("the first of what loss_fn returns", value[0])
-        else:
+        if not self.has_aux:
             check_loss("what loss_fn returns", value, cure="for (loss, aux) pass has_aux=True")
+            return value
+        check_pair("loss_fn", value, "(loss, aux), as has_aux=True says")
+        check_loss("the first of what loss_fn returns", value[0])
+        if self.num_micro_batches > 1 or self.axes:
+            check_arrays("aux", value[1])
         return value
 
     def _micro_batch_number(self, index: Any) -> Any:
@@ -211,14 +293,14 @@ def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
 
     def value_and_grad(params, state, /, *args, **kwargs):
         num_micro_batches = estimate.num_micro_batches
-        check_batch(args, num_micro_batches)
+        batch, others = estimate.split_arguments(args, kwargs)
         if num_micro_batches > 1:
-            mesh, mesh_axes = mesh_axes_of_examples(args[0], (params, state, args[1:], kwargs))
+            mesh, mesh_axes = mesh_axes_of_examples(batch, (params, state, others))
             devices = num_devices(mesh, mesh_axes)
             if mesh_axes and num_micro_batches % devices == 0 and not estimate.axes:
                 own = estimate._replace(num_micro_batches=num_micro_batches // devices, axes=mesh_axes)
-                return on_each_device(own.run, mesh, mesh_axes)(params, state, args, kwargs)
-        return estimate.run(params, state, args, kwargs)
+                return on_each_device(own.run, mesh, mesh_axes)(params, state, batch, others)
+        return estimate.run(params, state, batch, others)
 
     return value_and_grad
 
@@ -278,6 +360,17 @@ def value_and_grad(
         return value, gradient
 
     return stateless
+
+
+def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
+    numbers = (batch_argnums,) if isinstance(batch_argnums, (int, np.integer)) else batch_argnums
+    if not isinstance(numbers, Sequence) or not numbers or isinstance(numbers, str):
+        raise TypeError(f"batch_argnums must be an int or a tuple of ints; got {batch_argnums!r}.")
+    for number in numbers:
+        check_int("batch_argnums", number)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"batch_argnums must hold each number once; got {batch_argnums!r}.")
+    return tuple(sorted(int(number) for number in numbers))
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:

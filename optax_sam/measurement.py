@@ -17,7 +17,7 @@ from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.axes import Declared, check_declared, noting_averages, varying_axes
 from optax_sam.checks import as_link, check_function, check_loss, check_pair, check_state
 from optax_sam.switching import SwitchState
-from optax_sam.transform import check_not_summed, conjugated, returning_loss
+from optax_sam.transform import check_not_averaged, check_same_members, conjugated, returning_loss
 
 
 class Measurements(NamedTuple):
@@ -110,8 +110,9 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         check_declared(params, updates, shards)
         if value is None:
             raise ValueError(_missing("value"))
-        clean_loss = _checked_loss("value", value, updates)
-        evaluate = _evaluation(value_fn, extra_args.pop("grad_fn", None), extra_args.pop("value_and_grad_fn", None))
+        clean_loss = _checked_loss("value", value, updates, params)
+        functions = value_fn, extra_args.pop("grad_fn", None), extra_args.pop("value_and_grad_fn", None)
+        evaluate = _evaluation(*functions, params)
         trace, noted = get_opaque_trace_state(), []
 
         def grad_fn(point, *batch):
@@ -213,7 +214,9 @@ def _check_single(found: list[Measurements], where: str) -> None:
         )
 
 
-def _evaluation(value_fn: Any, grad_fn: Any, value_and_grad_fn: Any) -> Callable[..., tuple[jax.Array, Any]]:
+def _evaluation(
+    value_fn: Any, grad_fn: Any, value_and_grad_fn: Any, params: Any
+) -> Callable[..., tuple[jax.Array, Any]]:
     """The function of params (and a batch) to loss and gradient that the keywords of ``update`` describe."""
     if value_and_grad_fn is None and value_fn is None:
         raise ValueError(_missing("value_fn"))
@@ -224,19 +227,19 @@ def _evaluation(value_fn: Any, grad_fn: Any, value_and_grad_fn: Any) -> Callable
     def evaluate(*args):
         if value_and_grad_fn is None and grad_fn is not None:
             loss, gradient = value_fn(*args), grad_fn(*args)
-            return _checked_loss("what value_fn returns", loss, gradient), gradient
+            return _checked_loss("what value_fn returns", loss, gradient, params), gradient
         name = "value_fn" if value_and_grad_fn is None else "value_and_grad_fn"
         pair = (value_and_grad_fn or jax.value_and_grad(returning_loss(name, value_fn)))(*args)
         check_pair(name, pair, "the loss and its gradient")
         loss, gradient = pair
         check_loss(f"the first of what {name} returns", loss)
-        check_not_summed(name, loss, gradient)
+        check_same_members(f"What {name} returns", loss, gradient, params)
         return loss, gradient if value_and_grad_fn else conjugated(gradient)
 
     return evaluate
 
 
-def _checked_loss(name: str, loss: Any, gradient: Any) -> jax.Array:
+def _checked_loss(name: str, loss: Any, gradient: Any, params: Any) -> jax.Array:
     """The loss, refused unless it is a scalar that is averaged over what the gradient is averaged over."""
     check_loss(name, loss)
     for axis in sorted(varying_axes(loss) - varying_axes(gradient)):
@@ -244,6 +247,7 @@ def _checked_loss(name: str, loss: Any, gradient: Any) -> jax.Array:
             f"{name} varies over the mapped axis {axis!r} and the gradient does not: average it too, "
             f"`jax.lax.pmean(loss, {axis!r})`."
         )
+    check_not_averaged(name, loss, gradient, params)
     return loss
 
 

@@ -94,15 +94,15 @@ def num_devices(mesh: AbstractMesh, axes: Iterable[str]) -> int:
 
 
 def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """``function(params, state, args, kwargs)`` mapped over the devices that hold the examples of ``args[0]``."""
+    """``function(params, state, batch, others)`` mapped over the devices that hold the examples of the batch."""
 
-    def mapped(params, state, args, kwargs):
-        batch, *others = args
-        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, (others, kwargs))
+    def mapped(params, state, batch, others):
+        leaves, structure = jax.tree.flatten(others)
+        arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
 
         def member(params, state, batch, arrays):
-            merged = jax.tree.map(lambda own, array: own if array is None else array, (others, kwargs), arrays)
-            return function(params, state, (batch, *merged[0]), merged[1])
+            merged = [own if array is None else array for own, array in zip(leaves, arrays, strict=True)]
+            return function(params, state, batch, jax.tree.unflatten(structure, merged))
 
         everywhere, examples = PartitionSpec(), PartitionSpec(axes)
         specs = everywhere, everywhere, examples, everywhere

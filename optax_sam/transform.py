@@ -103,7 +103,7 @@ def sharpness_aware(
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
         check_state(state, SharpnessAwareState)
-        gradient_at = _gradient_function(grad_fn, value_fn, batch)
+        gradient_at = _gradient_function(grad_fn, value_fn, batch, params, extra_args)
         check_floating("params", params)
         _check_width(params)
         _check_gradient("updates", updates, params)
@@ -129,7 +129,7 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any) -> Callable[[Any], Any]:
+def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any, params: Any, others: Any) -> Callable[[Any], Any]:
     """The function params → gradient that the keywords of ``update`` describe."""
     for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
         if function is not None:
@@ -137,19 +137,21 @@ def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any) -> Callable[[Any
     if grad_fn is None:
         if value_fn is None:
             raise ValueError(
-                "A sharpness-aware update evaluates the gradient again, and got neither grad_fn nor value_fn. Call "
-                "`tx.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)` or pass `value_fn=loss_fn`."
+                "A sharpness-aware update evaluates the gradient again, and got neither grad_fn nor value_fn"
+                f"{', only ' + ', '.join(sorted(others)) if others else ''}. Call `tx.update(grads, state, params, "
+                "grad_fn=jax.grad(loss_fn), batch=batch)` or pass `value_fn=loss_fn`; where a wrapper such as Flax's "
+                "TrainState.apply_gradients forwards no keywords, use `gradient_estimator(loss_fn, link)`."
             )
-        grad_fn = _unsummed_gradient(value_fn)
-    return grad_fn if batch is None else lambda params: grad_fn(params, batch)
+        grad_fn = _own_gradient(value_fn, params)
+    return grad_fn if batch is None else lambda point: grad_fn(point, batch)
 
 
-def _unsummed_gradient(value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient of value_fn, refused where ``shard_map`` has summed it over devices."""
+def _own_gradient(value_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """The gradient of value_fn, refused where ``shard_map`` makes it that of other members than the value."""
 
     def gradient_at(*args):
         value, gradient = jax.value_and_grad(returning_loss("value_fn", value_fn))(*args)
-        check_not_summed("value_fn", value, gradient)
+        check_same_members("What value_fn returns", value, gradient, params)
         return conjugated(gradient)
 
     return gradient_at
@@ -171,14 +173,26 @@ def returning_loss(name: str, value_fn: Callable[..., Any]) -> Callable[..., Any
     return checked
 
 
-def check_not_summed(name: str, value: jax.Array, gradient: Any) -> None:
-    """Raises if ``shard_map`` summed the gradient of a value that differs between devices."""
+def check_same_members(name: str, value: jax.Array, gradient: Any, params: Any) -> None:
+    """Raises unless ``shard_map`` made the gradient of a value that of the same members of its axes."""
     for leaf in jax.tree.leaves(gradient):
         for axis in sorted(varying_axes(value) - varying_axes(leaf)):
             raise ValueError(
-                f"What {name} returns varies over the mapped axis {axis!r} and its gradient does not: shard_map summed "
-                f"it over the devices, because params are replicated. Let `gradient_estimator(loss_fn, link, "
-                f"axis_name={axis!r})` average; or average the loss in {name}, with jax.lax.pmean(loss, {axis!r})."
+                f"{name} varies over the mapped axis {axis!r} and its gradient does not: shard_map summed it over the "
+                f"devices, because params are replicated. Let `gradient_estimator(loss_fn, link, axis_name={axis!r})` "
+                f"average; or average the loss, with jax.lax.pmean(loss, {axis!r})."
+            )
+    check_not_averaged(name, value, gradient, params)
+
+
+def check_not_averaged(name: str, value: jax.Array, gradient: Any, params: Any) -> None:
+    """Raises if a gradient is a member's own and the value is that of all members of a mapped axis."""
+    for leaf, param in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=True):
+        for axis in sorted(varying_axes(leaf) - varying_axes(value) - varying_axes(param)):
+            raise ValueError(
+                f"{name} is averaged over the mapped axis {axis!r} and the gradient is a member's own: under shard_map "
+                "that of an averaged loss is too small by the size of the axis. Take jax.lax.pmean out of the loss and "
+                f"let micro_batched average, or use `gradient_estimator(loss_fn, link, axis_name={axis!r})`."
             )
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from places import BATCH, DEVICES, GRAD_FN, MAPS, PARAMS, PLACES, RHO, every_map, own, own_gradient
 from problems import assert_close, assert_identical, mlp_batch, mlp_loss, split
+from registry import every_member
 
 import optax_sam
 
@@ -48,6 +49,106 @@ def test_loss_that_is_averaged_over_devices_needs_no_axis_name():
     function = optax_sam.value_and_grad(lambda p, b: jax.lax.pmean(mlp_loss(p, b), "data"), optax_sam.sam(RHO))
     single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO))
     assert_close(MAPS["shard_map"](function, PARAMS), single(PARAMS, BATCH))
+
+
+# Losses that average over the axis themselves, the habit of pmap: the same numbers in every place.
+
+LOSSES = {
+    "averaged": lambda w, b: jax.lax.pmean(mlp_loss(w, b), "data"),
+    "averaged, with a penalty": lambda w, b: jax.lax.pmean(mlp_loss(w, b), "data") + 0.1 * optax_sam.norm(w) ** 2,
+    "summed": lambda w, b: jax.lax.psum(mlp_loss(w, b), "data"),
+}
+OWN_LOSSES = {
+    "averaged": mlp_loss,
+    "averaged, with a penalty": lambda w, b: mlp_loss(w, b) + 0.1 * optax_sam.norm(w) ** 2,
+    "summed": lambda w, b: DEVICES * mlp_loss(w, b),
+}
+
+
+@every_map
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
+def test_losses_that_average_themselves_are_right_in_the_estimator(run, kind, ascent_per):
+    # USAM, whose ε is wrong too where the gradient is too small.
+    def estimate(loss_fn, **options):
+        return optax_sam.value_and_grad(loss_fn, optax_sam.usam(RHO), ascent_per=ascent_per, **options)
+
+    actual = run(estimate(LOSSES[kind], num_micro_batches=2, axis_name="data"), PARAMS)
+    assert_close(actual, estimate(OWN_LOSSES[kind], num_micro_batches=2 * DEVICES)(PARAMS, BATCH))
+
+
+@every_member
+@pytest.mark.parametrize("place", ["pmap", "shard_map", "shard_map unchecked"])
+def test_losses_that_average_themselves_are_right_for_every_recipe(member, place):
+    if member.stacked:
+        pytest.skip("the estimator averages")
+    link, loss_fn = member.make(RHO), LOSSES["averaged"]
+    estimator = optax_sam.gradient_estimator(loss_fn, link, axis_name="data")
+    single = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=DEVICES)
+    state = expected_state = link.init(PARAMS)
+    for _ in range(3):
+        loss, grads, state = MAPS[place](estimator.value_and_grad, PARAMS, state)
+        expected_loss, expected, expected_state = jax.jit(single.value_and_grad)(PARAMS, expected_state, BATCH)
+        assert_close((loss, grads, state), (expected_loss, expected, expected_state))
+
+
+@every_map
+def test_measurements_of_losses_that_average_themselves_are_those_of_each_member(run):
+    link = optax_sam.measured(optax_sam.usam(RHO))
+    estimator = optax_sam.gradient_estimator(LOSSES["averaged"], link, axis_name="data")
+    single = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=DEVICES)
+    _, _, state = run(estimator.value_and_grad, PARAMS, link.init(PARAMS))
+    found, expected = (
+        optax_sam.measurements(s) for s in (state, single.value_and_grad(PARAMS, link.init(PARAMS), BATCH)[2])
+    )
+    # Each member's perturbed loss is the average over all members, each at its own ε.
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
+@pytest.mark.parametrize(
+    "link", [optax_sam.msam(RHO, "data"), optax_sam.micro_batched(optax_sam.measured(optax_sam.sam(RHO)), "data")]
+)
+def test_value_fn_that_averages_is_refused_where_the_gradient_is_a_members_own(place, link):
+    def member(params, state, batch):
+        loss, grads = jax.value_and_grad(mlp_loss)(own(params), batch)
+        return link.update(grads, state, params, value=loss, value_fn=LOSSES["averaged"], batch=batch)[0]
+
+    with pytest.raises(
+        ValueError, match=r"What value_fn returns is averaged over the mapped axis 'data'.*Take jax.lax.pmean out"
+    ):
+        MAPS[place](member, PARAMS, link.init(PARAMS))
+
+
+@pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
+@pytest.mark.parametrize("name", ["value", "value_fn", "value_and_grad_fn"])
+def test_measured_refuses_an_averaged_loss_beside_a_members_own_gradient(place, name):
+    link = optax_sam.micro_batched(optax_sam.measured(optax_sam.sam(RHO)), "data")
+    averaged, right = LOSSES["averaged"], {"value_fn": mlp_loss, "grad_fn": GRAD_FN}
+
+    def member(params, state, batch):
+        loss, grads = jax.value_and_grad(mlp_loss)(own(params), batch)
+        wrong = {
+            "value": jax.lax.pmean(loss, "data"),
+            "value_fn": averaged,
+            "value_and_grad_fn": jax.value_and_grad(averaged),
+        }
+        keywords = right | {"value": loss, name: wrong[name]}
+        return link.update(grads, state, params, batch=batch, **keywords)[0]
+
+    with pytest.raises(
+        ValueError, match=r"(?i)value.* is averaged over the mapped axis 'data' and the gradient is a member's own"
+    ):
+        MAPS[place](member, PARAMS, link.init(PARAMS))
+
+
+@every_map
+def test_value_fn_with_each_members_own_loss_is_right(run):
+    link = optax_sam.msam(RHO, "data")
+    update = lambda w, state, b: link.update(GRAD_FN(own(w), b), state, w, value_fn=mlp_loss, batch=b)  # noqa: E731
+    actual, _ = run(update, PARAMS, link.init(PARAMS))
+    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
+    assert_close(actual, single(PARAMS, BATCH)[1])
 
 
 @every_map

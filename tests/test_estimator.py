@@ -304,8 +304,8 @@ LARGEST_PAIRED = (1 << 20) - 2  # float32 elements, with loss and aux 4 MiB
         ("auto", 4, LARGEST_PAIRED + 1, 1.0, ["length=4 unroll=1"]),
         ("auto", 3, 1, 1.0, ["length=3 unroll=1"]),
         ("auto", 2, 1, 1.0, ["length=2 unroll=1"]),
-        ("auto", 5, 1, 1, ["length=4 unroll=2"]),  # the first outside, for an aux that is not float
-        ("auto", 3, 1, 1, ["length=2 unroll=1"]),
+        ("auto", 4, 1, 1, ["length=4 unroll=2"]),  # an aux that is not float goes round the loop too
+        ("auto", 5, 1, 1, ["length=5 unroll=1"]),
         ("unroll", 4, 1, 1.0, []),
         ("vmap", 4, 1, 1.0, []),
     ],

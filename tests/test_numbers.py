@@ -158,8 +158,8 @@ def test_any_mapping_switches_at_its_keys(later):
 @given(st.integers(1, 6), st.integers(1, 4), st.sampled_from(["vmap", "scan", "unroll"]))
 def test_means_over_any_number_of_micro_batches(num_micro_batches, size, strategy):
     batch = np.random.default_rng(0).normal(size=(num_micro_batches * size, 2)).astype(np.float32)
-    evaluate = lambda index, args, kwargs: jnp.max(args[0], axis=0)  # noqa: E731
-    mean = mean_over_micro_batches(evaluate, (batch,), {}, num_micro_batches, strategy)
+    evaluate = lambda index, micro_batch: jnp.max(micro_batch, axis=0)  # noqa: E731
+    mean = mean_over_micro_batches(evaluate, batch, num_micro_batches, strategy)
     expected = batch.reshape(num_micro_batches, size, 2).max(axis=1).mean(axis=0)
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
 

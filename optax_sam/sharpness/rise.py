@@ -75,7 +75,8 @@ def m_sharpness(
     check_nonnegative("rho", rho)
     check_int("num_micro_batches", num_micro_batches)
     check_int("steps", steps)
-    check_batch((batch,), num_micro_batches)
+    if num_micro_batches > 1:
+        check_batch({"batch": batch}, num_micro_batches)
     return _worst_rise(loss_fn, num_micro_batches, steps)(params, rho, batch)
 
 
@@ -153,10 +154,10 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
         return jnp.maximum(jnp.max(values), last) - values[0]
 
     def rise(params, rho, batch):
-        def evaluate(_index, args, _kwargs):
-            return rise_of_one(params, rho, *args)
+        def evaluate(_index, micro_batch):
+            return rise_of_one(params, rho, micro_batch)
 
-        return mean_over_micro_batches(evaluate, (batch,), {}, num_micro_batches, "auto")
+        return mean_over_micro_batches(evaluate, batch, num_micro_batches, "auto")
 
     return jax.jit(rise)
 
