@@ -115,7 +115,7 @@ def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
     """The leaf as an array of float32 (complex64) or wider."""
     leaf = jnp.asarray(leaf)
     if not is_float(leaf):
-        raise TypeError(f"updates and params must have floating-point leaves; got one of dtype {leaf.dtype}.")
+        raise TypeError(f"a tree of updates or params must have floating-point leaves; got one of dtype {leaf.dtype}.")
     return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
 
 

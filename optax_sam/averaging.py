@@ -68,10 +68,12 @@ def micro_batched(
 
     def update(updates, state, params=None, *, batch=None, **extra_args):
         if batch is None and (extra_args.get("grad_fn") or extra_args.get("value_fn")):
-            raise ValueError(
-                "micro_batched evaluates the gradient of each micro-batch and was given no batch. Pass "
-                "`grad_fn=jax.grad(loss_fn), batch=batch` with a leading axis of micro-batches on every leaf of batch."
-            )
+            cure = "Pass `grad_fn=jax.grad(loss_fn), batch=batch` with a leading axis of micro-batches on every leaf."
+            if "value_and_grad_fn" in extra_args:
+                cure = (
+                    "The estimator splits the batch itself: give it what is inside of micro_batched, sam(rho) for msam."
+                )
+            raise ValueError(f"micro_batched evaluates the gradient of each micro-batch and was given no batch. {cure}")
         _check_stacked(updates, batch, params)
 
         def update_one(gradient, micro_batch):

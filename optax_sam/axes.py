@@ -101,6 +101,10 @@ Declared = tuple[Shards, ...]
 
 def axes_of_leaves(tree: Any, declared: Declared) -> list[tuple[str, ...]]:
     """The mapped axes over which each leaf is sharded."""
+    if not isinstance(declared, tuple) or not all(isinstance(shards, Shards) for shards in declared):
+        raise TypeError(
+            f"shards must be what `sharded(link, axis_name)` hands to the update of link; got {declared!r}."
+        )
     found = [[] for _ in jax.tree.leaves(tree)]
     for shards in declared:
         for axes, more in zip(found, shards.axes_of_leaves(tree), strict=True):

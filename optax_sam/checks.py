@@ -41,7 +41,12 @@ def check_state(state: Any, kind: type[Any]) -> None:
 def check_function(name: str, function: Any, arguments: str) -> None:
     """Raises unless function can be called; ``arguments`` says what with."""
     if not callable(function):
-        raise TypeError(f"{name} must be a function of {arguments}; got {function!r}.")
+        raise TypeError(f"{name} must be a function of {arguments}; got {function!r}.{_if_injected(function)}")
+
+
+def _if_injected(value: Any) -> str:
+    cure = " Where optax.inject_hyperparams made an array of it, name it in static_args."
+    return cure if isinstance(value, jax.Array) else ""
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -53,7 +58,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_int(name: str, value: Any, least: int = 1) -> None:
     """Raises unless value is an int ≥ least."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int; got {name}={value!r}.")
+        raise TypeError(f"{name} must be an int; got {name}={value!r}.{_if_injected(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {name}={value!r}.")
 

@@ -206,7 +206,7 @@ class _Estimate(NamedTuple):
         def over_micro_batches(evaluate):
             def evaluate_one(index, micro_batch):
                 args, kwargs = _fold_keys(self._arguments(micro_batch, others), self._micro_batch_number(index))
-                return evaluate(lambda params: self._checked(self.loss_fn(params, *args, **kwargs)))
+                return evaluate(lambda params: self._loss(params, *args, **kwargs))
 
             return mean_over_micro_batches(evaluate_one, batch, self.num_micro_batches, self.strategy, weights)
 
@@ -270,8 +270,17 @@ class _Estimate(NamedTuple):
 
         return weights_of_micro_batches(weight, batch, self.num_micro_batches)
 
-    def _checked(self, value: Any) -> Any:
-        """What loss_fn returned, refused unless that is the loss, or the loss and aux."""
+    def _loss(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """What loss_fn returns, refused unless that is the loss, or the loss and aux."""
+        try:
+            value = self.loss_fn(params, *args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ == "TraceContextError":
+                error.add_note(
+                    "loss_fn changes a Flax NNX object from outside, such as nnx.Rngs or a model with dropout. Split it"
+                    " outside, and in loss_fn use a copy: `nnx.merge(graphdef, params, rest, copy=True)`."
+                )
+            raise
         if not self.has_aux:
             check_loss("what loss_fn returns", value, cure="for (loss, aux) pass has_aux=True")
             return value
@@ -363,14 +372,15 @@ def value_and_grad(
 
 
 def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
-    numbers = (batch_argnums,) if isinstance(batch_argnums, (int, np.integer)) else batch_argnums
-    if not isinstance(numbers, Sequence) or not numbers or isinstance(numbers, str):
+    """The positions, in ascending order."""
+    numbers = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
+    if not numbers or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in numbers):
         raise TypeError(f"batch_argnums must be an int or a tuple of ints; got {batch_argnums!r}.")
-    for number in numbers:
-        check_int("batch_argnums", number)
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"batch_argnums must hold each number once; got {batch_argnums!r}.")
-    return tuple(sorted(int(number) for number in numbers))
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"batch_argnums must be different positions behind params, which are argument 0; got {batch_argnums!r}."
+        )
+    return tuple(sorted(map(int, numbers)))
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:

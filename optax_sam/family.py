@@ -5,11 +5,12 @@ structure of the params (or a prefix of it), or a function from params to such a
 exactly 0 and stay out of the norm; their gradient is still taken at the perturbed point.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
@@ -233,6 +234,10 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
+    if isinstance(start, float):
+        raise TypeError(
+            f"start must be an int, a step; got {start=}. For a part of training pass int(0.9 * num_steps)."
+        )
     check_int("start", start, least=0)
     return switch_at({0: optax.identity(), start: as_link("inner", inner)})
 
@@ -240,6 +245,20 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
 def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
     if mask is None:
         return ascent
+    if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
+        raise TypeError(
+            f"mask must be a tree of booleans or a function from the params to one; got {mask!r} for all params. If it "
+            "was a function, optax.inject_hyperparams took it for a schedule: pass static_args='mask' there."
+        )
     check_mask(mask)
-    freeze = optax.masked(optax.set_to_zero(), lambda params: jax.tree.map(operator.not_, spread_mask(mask, params)))
-    return optax.chain(freeze, ascent)
+
+    def keep(updates, params):
+        return jax.tree.map(lambda chosen, g: _kept(chosen, jnp.asarray(g)), spread_mask(mask, params), updates)
+
+    return optax.chain(optax.stateless(keep), ascent)
+
+
+def _kept(chosen: bool | jax.Array, leaf: jax.Array) -> jax.Array:
+    if isinstance(chosen, jax.Array):
+        return jnp.where(chosen, leaf, 0)
+    return leaf if chosen else jnp.zeros_like(leaf)

@@ -16,7 +16,7 @@ from jax.extend.core import get_opaque_trace_state
 from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.axes import Declared, check_declared, noting_averages, varying_axes
 from optax_sam.checks import as_link, check_function, check_loss, check_pair, check_state
-from optax_sam.switching import SwitchState
+from optax_sam.switching import Switch, SwitchState
 from optax_sam.transform import check_not_averaged, check_same_members, conjugated, returning_loss
 
 
@@ -100,6 +100,8 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         17.00 40.09
     """
     link = as_link("link", link)
+    if isinstance(link, Switch):
+        return link.each(measured)
 
     def init(params):
         zeros = Measurements(*(jnp.zeros([], jnp.float32) for _ in Measurements._fields))

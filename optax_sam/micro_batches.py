@@ -49,9 +49,13 @@ def mean_over_micro_batches(
         totals, like, structure = _sums_in_a_loop(evaluate_one, (indices, stacks, shares), most_at_a_time)
     else:
         totals, like, structure = _sums_in_line(evaluate_one, (range(num_micro_batches), stacks, shares))
-    if shares is None:
-        totals = [total / num_micro_batches if is_float(total) else total for total in totals]
-    return jax.tree.unflatten(structure, [x.astype(kind.dtype) for x, kind in zip(totals, like, strict=True)])
+
+    def mean(total, kind):
+        if not is_float(total):
+            return total
+        return (total / num_micro_batches if shares is None else total).astype(kind.dtype)
+
+    return jax.tree.unflatten(structure, list(map(mean, totals, like)))
 
 
 def _sums_in_a_loop(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_sam.axes import differs_between_members, noting_averages, vary, varying_axes
 from optax_sam.checks import as_link, check_function, check_state, is_float
@@ -65,7 +66,10 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
     starts = list(phases)
     for start in starts:
         if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
-            raise TypeError(f"The keys of phases must be ints, the first step of each phase; got {start!r}.")
+            raise TypeError(
+                f"The keys of phases must be ints, the first step of each phase; got {start!r}. For a part of "
+                "training write int(0.9 * num_steps)."
+            )
     if not starts or starts[0] != 0 or starts != sorted(starts):
         raise ValueError(
             f"The keys of phases must begin at 0 and increase; got {starts}. To do nothing in the first phase write "
@@ -115,11 +119,18 @@ def switch_by(
     return _switch(index_fn, {f"link {index}": as_link(f"links[{index}]", link) for index, link in enumerate(links)})
 
 
+class Switch(optax.GradientTransformationExtraArgs):
+    """A switch whose links can be reached, by what has to go inside of it."""
+
+    each: Callable[[Callable[[optax.GradientTransformation], optax.GradientTransformation]], "Switch"]
+
+
 def _switch(
     index_fn: Callable[[jax.Array], jax.typing.ArrayLike],
     named_links: Mapping[str, optax.GradientTransformationExtraArgs],
-) -> optax.GradientTransformationExtraArgs:
+) -> Switch:
     names, links = list(named_links), list(named_links.values())
+    checked = set()
 
     def init(params):
         start, first = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
@@ -146,20 +157,41 @@ def _switch(
 
             return run
 
-        branches = [canonicalized(branch(position)) for position in range(len(links))]
+        branches = [branch(position) for position in range(len(links))]
         index = _checked_index(index_fn, state.switch_step)
-        try:
-            outputs, states = jax.lax.switch(index, branches)
-        except TypeError:
-            _check_averages(names, averages)
-            _explain_difference(names, branches)
-            raise
-        _check_averages(names, averages)
-        next_step = jnp.asarray(optax.safe_increment(state.switch_step))
         phase = jnp.clip(index, 0, len(links) - 1)
+        if isinstance(index, Tracer):
+            outputs, states = _in_one_program(index, branches, lambda: _check_alike(names, branches, averages))
+            _check_averages(names, averages)
+        else:  # without jit, lax.switch would be compiled in every call
+            kind = _kind((updates, state, params)), *sorted(extra_args)
+            if kind not in checked:
+                _check_alike(names, branches, averages)
+                checked.add(kind)
+            outputs, states = branches[int(phase)]()
+        next_step = jnp.asarray(optax.safe_increment(state.switch_step))
         return outputs, SwitchState(switch_step=next_step, phase=phase, link_states=states)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    switch = Switch(init, update)
+    switch.each = lambda wrap: _switch(
+        index_fn, {name: as_link(name, wrap(link)) for name, link in named_links.items()}
+    )
+    return switch
+
+
+def _in_one_program(index: jax.Array, branches: Sequence[Callable[[], Any]], check: Callable[[], None]) -> Any:
+    """``branches[index]()``, where the index is only known when the program runs; ``check`` explains differences."""
+    try:
+        return jax.lax.switch(index, list(map(canonicalized, branches)))
+    except TypeError:
+        check()
+        raise
+
+
+def _kind(tree: Any) -> Any:
+    """What decides about the structure and types of an update, hashable."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *map(jax.typeof, leaves)
 
 
 def _checked_index(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array) -> jax.Array:
@@ -190,9 +222,10 @@ def _check_averages(names: Sequence[str], averages: Mapping[int, set[str]]) -> N
             )
 
 
-def _explain_difference(names: Sequence[str], branches: Sequence[Callable[[], Any]]) -> None:
-    """Raises a ValueError if two branches return different things; returns where that was not the trouble."""
+def _check_alike(names: Sequence[str], branches: Sequence[Callable[[], Any]], averages: Mapping[int, set[str]]) -> None:
+    """Raises a ValueError if two branches return different things, with the ``averages`` that running them notes."""
     first, *others = [jax.eval_shape(branch) for branch in branches]
+    _check_averages(names, averages)
     for name, other in zip(names[1:], others, strict=True):
         pair = f"{names[0]} and {name} of a switch must return the same kind of update and state"
         if jax.tree.structure(first) != jax.tree.structure(other):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_sam._rounding import rounded_sum
@@ -143,7 +144,19 @@ def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any, params: Any, oth
                 "TrainState.apply_gradients forwards no keywords, use `gradient_estimator(loss_fn, link)`."
             )
         grad_fn = _own_gradient(value_fn, params)
-    return grad_fn if batch is None else lambda point: grad_fn(point, batch)
+
+    def gradient_at(point):
+        try:
+            return grad_fn(point) if batch is None else grad_fn(point, batch)
+        except Exception as error:
+            if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
+                error.add_note(
+                    "The params came as one flat array. If optax.flatten is around this link, put the link in front: "
+                    "`optax.chain(sam(rho), optax.flatten(...))`."
+                )
+            raise
+
+    return gradient_at
 
 
 def _own_gradient(value_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
@@ -198,6 +211,11 @@ def check_not_averaged(name: str, value: jax.Array, gradient: Any, params: Any) 
 
 def _check_gradient(what: str, gradient: Any, params: Any) -> None:
     """Raises unless gradient has the structure and shapes of params."""
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "The params are optax.LookaheadParams, and the loss is of params.fast. Take the gradient with "
+            "`gradient_estimator(loss_fn, link)` at params.fast, and give it to optax.lookahead."
+        )
     if any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(params, is_leaf=_is_masked)):
         raise ValueError(
             "The params contain optax.MaskedNode: this link stands inside optax.masked or optax.partition, where the "

@@ -61,6 +61,7 @@ SHARED = {
     "loss_along": {"loss_fn": loss_at, "first": WEIGHTS, "second": WEIGHTS, "batches": ONE},
     "sharpness_aware": {"ascent": IDENTITY},
     "switch_by": {"index_fn": lambda step: 0, "links": [SAM, SAM]},
+    "norm vdot": {"tree": WEIGHTS, "a": WEIGHTS, "b": WEIGHTS},
     "switch_at measurements": {},
 }
 
@@ -91,6 +92,10 @@ def rows(names: str, arguments: str, values: Any, use: Callable[..., Any] | None
 def update(link, updates=WEIGHTS, params=WEIGHTS, state=..., **call):
     call = {"grad_fn": GRAD, "value": 1.0, "value_fn": loss_at} | call
     return link.update(updates, link.init(WEIGHTS) if state is ... else state, params, **call)
+
+
+def misspelt(link, gradfn):
+    return link.update(WEIGHTS, link.init(WEIGHTS), WEIGHTS, gradfn=gradfn)
 
 
 def update_each(link):
@@ -159,11 +164,18 @@ NOT_MASKS = [
     ({"w": 0.5}, TypeError, "got mask['w']=0.5", "or a function from the params to such a tree"),
     ([True, INTS > 0], TypeError, "got mask[1]=Array([False,  True]", "a tree of booleans"),
 ]
+WHOLE_MASKS = these(TypeError, "pass static_args='mask' there", True, False, np.bool_(True), jnp.array(False))
 NOT_PREFIXES = [
     ({"v": True}, ValueError, "got PyTreeDef({'v': *})", "structure of the params, PyTreeDef({'w': *})"),
     ({"v": True, "w": True}, ValueError, "got PyTreeDef({'v': *, 'w': *})", "or be a prefix"),
     ([True], ValueError, "got PyTreeDef([*])", "or be a prefix"),
 ]
+NOT_ARGNUMS = [
+    *these(TypeError, "must be an int or a tuple of ints", None, 1.5, "1", (), [], {1}, jnp.int32(1)),
+    *these(TypeError, "must be an int or a tuple of ints", True, (1, 2.0), [1, "2"], (1, None)),
+    *these(ValueError, "must be different positions behind params", 0, -1, (1, 0), (1, 1), [2, 1, 2]),
+]
+NOT_SHARDS = these(TypeError, "`sharded(link, axis_name)` hands to the update of link", "model", None, 3, ("model",))
 NOT_LIKE = [
     ([WEIGHTS["w"]], ValueError, "got PyTreeDef([*])", "must have the tree structure of"),
     ({"v": WEIGHTS["w"]}, ValueError, "got PyTreeDef({'v': *})", "must have the tree structure of"),
@@ -238,7 +250,7 @@ NOT_STATES_OF_LINKS = [
     *these(TypeError, "without a target", {"link_state": (), 1: ()}, got="got dict"),
 ]
 OTHER_SWITCH = optax_sam.switch_at({0: SAM, 1: SAM, 2: SAM}).init(WEIGHTS)
-BRANCHES = (LATE, optax.conditionally_transform(SAM, lambda step: True))
+BRANCHES = (optax.chain(LATE, optax.scale(2.0)), optax.conditionally_transform(SAM, lambda step: True))
 NOT_MEASURABLE = these(ValueError, "`switch_at({0: measured(optax.identity()), ", *BRANCHES, got="inside of a branch")
 NOT_MEASURABLE_STACKS = [
     *these(ValueError, "`micro_batched(measured(sam(rho)))`", MSAM, got="a map of its own"),
@@ -276,6 +288,7 @@ TABLE = [
     *rows("sam usam asam stable_sam msam sharded", "mask", NOT_MASKS),
     *rows("sam usam asam stable_sam", "mask", NOT_PREFIXES + returning(NOT_MASKS[:2]), update),
     *rows("sharded", "mask", NOT_PREFIXES + returning(NOT_MASKS[:2]), update_each),
+    *rows("sam usam asam stable_sam msam", "mask", WHOLE_MASKS),
     *rows("adaptive_ascent", "params", NOT_LIKE, update),
     *rows("normalized_ascent unnormalized_ascent renormalized", "updates", NOT_FLOATS[:1], update),
     # The ascent and its repetition
@@ -290,6 +303,7 @@ TABLE = [
     *rows("sam", "updates", NOT_LIKE + NO_TREE + NOT_FLOATS + PAIR, update),
     *rows("sam", "grad_fn", NOT_FUNCTIONS + returning(NOT_LIKE + NO_TREE + NOT_FLOATS + PAIR), update),
     *rows("sam", "grad_fn", these(ValueError, "jax.grad(loss_fn)", None, got="got neither"), update, value_fn=None),
+    *rows("sam", "gradfn", these(ValueError, "TrainState", GRAD, got="only gradfn"), misspelt),
     *rows("sam", "value_fn", NOT_FUNCTIONS + returning(NOT_LOSSES + NO_LOSS), update, grad_fn=None),
     *[
         Row("sam", "params", ValueError, ("MaskedNode", "Put the link before them"), lambda tx=tx: tx, update)
@@ -305,6 +319,7 @@ TABLE = [
     *rows("switch_at", "phases", [(dict.fromkeys(keys, SAM), *row) for keys, *row in NOT_STARTS]),
     *rows("switch_at", "phases", [({0: SAM, 3: link}, *row) for link, *row in NOT_LINKS]),
     *integers("late", "start", 0),
+    *rows("late", "start", these(TypeError, "pass int(0.9 * num_steps)", 0.9, 900.0)),
     *rows("late", "start", these(ValueError, "must fit in int32", 2**40)),
     *rows("switch_by", "links", these(TypeError, "must be a sequence", None, 3, SAM, {0: SAM}, {SAM}, iter([SAM]))),
     *rows("switch_by", "links", these(ValueError, "must hold at least one link", [], (), got="an empty sequence")),
@@ -325,6 +340,11 @@ TABLE = [
     *rows("msam", "updates", these(ValueError, "shape (3, 2) of", {"w": FOUR}, got="got (4,)"), update, batch=FOUR),
     *rows("msam", "updates", these(ValueError, "at least one", {"w": FOUR[:0]}, got="0"), update, batch=FOUR[:0]),
     *rows("msam", "grad_fn", NOT_FUNCTIONS + returning(NOT_LIKE + PAIR), update, updates=STACK, batch=FOUR),
+    # Norms
+    *rows("norm", "tree", NOT_FLOATS[:1]),
+    *rows("vdot", "a", NOT_LIKE),
+    *rows("vdot", "b", these(ValueError, "a must have the tree structure of b", {"v": 1.0}, got="got PyTreeDef({'w'")),
+    *rows("norm vdot", "shards", NOT_SHARDS),
     # Estimators
     *rows(LINK, "link", NOT_LINKS),
     *rows("gradient_estimator value_and_grad", "loss_fn", NOT_FUNCTIONS + NO_FUNCTION),
@@ -333,6 +353,17 @@ TABLE = [
     *rows("gradient_estimator value_and_grad", "ascent_per", these(ValueError, "'device', 'batch'", "loop", None, 3)),
     *rows("gradient_estimator value_and_grad", "strategy", these(ValueError, "'vmap', 'scan'", "Scan", np.ones(2))),
     *rows("gradient_estimator", "ascent_per", these(ValueError, "needs axis_name", "device", got='="device"')),
+    *rows("gradient_estimator value_and_grad", "batch_argnums", NOT_ARGNUMS),
+    *rows(
+        "value_and_grad",
+        "batch_argnums",
+        these(ValueError, "there are 1. Pass them by position", (1, 2), (1, 3)),
+        evaluate,
+        num_micro_batches=2,
+    ),
+    *rows("gradient_estimator value_and_grad", "weight_fn", NOT_FUNCTIONS),
+    *rows("value_and_grad", "weight_fn", returning(NOT_REAL + NONE), evaluate),
+    *rows("value_and_grad", "weight_fn", returning(NOT_REAL + NONE), evaluate, num_micro_batches=2),
     *rows("value_and_grad", "axis_name", UNMAPPED, evaluate),
     *rows("value_and_grad", "link", these(ValueError, "Use `gradient_estimator", LATE, got="one: SwitchSt"), evaluate),
     *rows("value_and_grad", "loss_fn", [(f, *row[:2], "True") for f, *row in returning(NOT_LOSSES)], evaluate),
