@@ -160,7 +160,7 @@ def _switch(
         branches = [branch(position) for position in range(len(links))]
         index = _checked_index(index_fn, state.switch_step)
         phase = jnp.clip(index, 0, len(links) - 1)
-        if isinstance(index, Tracer):
+        if isinstance(phase, Tracer):
             outputs, states = _in_one_program(index, branches, lambda: _check_alike(names, branches, averages))
             _check_averages(names, averages)
         else:  # without jit, lax.switch would be compiled in every call

@@ -72,20 +72,53 @@ def test_program_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strateg
     assert num_instructions(32) < 1.1 * num_instructions(4)
 
 
-def test_without_jit_a_second_call_compiles_nothing():
+@pytest.fixture
+def compilations():
+    """The names of what is compiled, as it happens."""
+    jax.clear_caches()
+    events = []
+    listener = lambda event, duration, **details: events.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_without_jit_a_second_call_compiles_nothing(compilations):
     params, batch = {"w": jnp.ones(3)}, jnp.ones((4, 3))
     function = optax_sam.value_and_grad(lambda w, x: jnp.mean((x @ w["w"]) ** 2), SAM, num_micro_batches=4)
-    events = []
-    listener = lambda event, duration, **details: events.append(event)  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        function(params, batch)
-        assert any("backend_compile" in event for event in events)
-        events.clear()
-        function(params, batch)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert not any("backend_compile" in event for event in events)
+    function(params, batch)
+    assert compilations
+    compilations.clear()
+    function(params, batch)
+    assert not compilations
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        SAM,
+        optax_sam.late(SAM, 3),
+        optax_sam.late(optax_sam.late(SAM, 1), 2),
+        optax_sam.switch_at({0: PLAIN, 1: optax_sam.asam(0.1), 3: optax_sam.stable_sam(optax.constant_schedule(0.1))}),
+        optax_sam.switch_by(lambda step: step % 2, [PLAIN, SAM]),
+        optax_sam.measured(optax_sam.late(SAM, 3)),
+    ],
+    ids=["sam", "late", "nested", "three phases", "alternating", "measured"],
+)
+def test_without_jit_switches_compile_nothing_after_each_link_has_run(compilations, link):
+    loss_fn = lambda w, x: jnp.mean((x @ w["w"]) ** 2)  # noqa: E731
+    tx, params, batch = optax.chain(link, optax.sgd(0.1, momentum=0.9)), {"w": jnp.ones(3)}, jnp.ones((4, 3)) / 4
+    state, counts = tx.init(params), []
+    for _ in range(8):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(
+            grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch, value=loss, value_fn=loss_fn
+        )
+        params = optax.apply_updates(params, updates)
+        counts.append(len(compilations))
+        compilations.clear()
+    assert counts[0] > 0
+    assert counts[5:] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,41 @@ def test_phase_of_the_last_update_is_read_before_at_and_after_the_switch(make):
     assert logging_step._cache_size() == 1
 
 
+@pytest.mark.parametrize("make", [chain_step, estimator_step], ids=["chain", "estimator"])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_measuring_a_switch_measures_each_of_its_links(make, jit):
+    switches = {
+        "late": (optax_sam.late(LINKS["sam"], 2), ["plain", "plain", "sam", "sam"]),
+        "every other": (optax_sam.switch_by(lambda step: step % 2, [LINKS["plain"], LINKS["usam"]]), ["plain", "usam"]),
+        "nested": (
+            optax_sam.late(optax_sam.switch_by(lambda step: step, [LINKS["sam"], LINKS["usam"]]), 1),
+            ["plain", "sam", "usam"],
+        ),
+    }
+    for link, names in switches.values():
+        transformation, step = make(measured(link))
+        step = jax.jit(step) if jit else step
+        params, state = PARAMS, transformation.init(PARAMS)
+        for name in names:
+            expected = what_happens(LINKS[name], params)
+            params, state = step(params, state, BATCH)
+            assert_measured(measurements(state), expected)
+
+
+def test_measured_switch_in_micro_batches_records_their_means():
+    link = measured(optax_sam.late(LINKS["sam"], 1))
+    by_hand = optax_sam.switch_at({0: measured(optax.identity()), 1: measured(LINKS["sam"])})
+    results = []
+    for one in (link, by_hand):
+        estimator = optax_sam.gradient_estimator(mlp_loss, one, num_micro_batches=4)
+        run, state = jax.jit(estimator.value_and_grad), estimator.init(PARAMS)
+        for _ in range(2):
+            _, _, state = run(PARAMS, state, BATCH)
+        results.append(measurements(state))
+    assert float(results[0].active) == 1
+    assert_identical(*results)
+
+
 def test_switches_in_phases_of_switches_are_read():
     inner = optax_sam.switch_by(lambda step: step % 2, [measured(LINKS["sam"]), measured(LINKS["usam"])])
     tx, step = chain_step(optax_sam.switch_at({0: measured(LINKS["plain"]), 1: inner}))

@@ -6,7 +6,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from problems import GradientCounter, assert_identical, mlp_batch, mlp_loss, mlp_params, training_step
+from problems import (
+    BATCH_SIZE,
+    GradientCounter,
+    assert_close,
+    assert_identical,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    training_step,
+)
 
 import optax_sam
 
@@ -184,3 +193,46 @@ def test_counter_saturates_instead_of_wrapping(start):
     updates, state = link.update(jnp.ones([]), state)
     assert float(updates) == 2.0
     assert int(state.switch_step) == LAST
+
+
+@pytest.mark.parametrize("at_start", [True, False], ids=["from the start", "after steps in jit"])
+def test_without_jit_the_steps_are_the_same_and_inactive_links_execute_nothing(at_start):
+    counter = GradientCounter()
+    loss_fn = counter.counted(mlp_loss, num_examples=BATCH_SIZE)
+    link = optax_sam.switch_at({0: optax.identity(), 2: optax_sam.stable_sam(optax.constant_schedule(0.1))})
+    tx = optax.chain(link, optax.sgd(0.1, momentum=0.9))
+    step, batch, params = training_step(tx, loss_fn), mlp_batch(), mlp_params()
+    expected = params, tx.init(params)
+    eager = jax.jit(step)(*expected, batch) if not at_start else expected
+    counter.take()
+    for index in range(4):
+        if index or at_start:
+            eager = step(*eager, batch)
+            assert counter.take() == BATCH_SIZE * (1 + (index >= 2))
+        expected = jax.jit(step)(*expected, batch)
+        counter.take()
+    assert_close(eager, expected)
+
+
+def test_without_jit_phases_that_differ_are_refused_before_they_begin():
+    stacks, batch, params = jnp.ones((4, 2)), jnp.ones((4, 3)), jnp.ones(2)
+    keywords = {"grad_fn": lambda w, x: w, "batch": batch}
+    averages = optax_sam.late(optax_sam.msam(0.1), 5)
+    with pytest.raises(ValueError, match="the phase from step 5 averages over a leading axis of micro-batches and"):
+        averages.update(stacks, averages.init(params), params, **keywords)
+    halves = optax_sam.late(optax.stateless(lambda g, _: g.astype(jnp.float16)), 5)
+    with pytest.raises(ValueError, match=r"must return the same kind of update and state.*float32\[2\] and float16"):
+        halves.update(params, halves.init(params), params)
+
+
+def test_a_concrete_step_calls_its_link_inside_of_vmap_and_derivatives():
+    link = optax_sam.late(optax_sam.sam(0.5), 0)
+    w, grad_fn = jnp.array([3.0, 4.0]), lambda w: w
+    update = lambda w: link.update(w, link.init(w), w, grad_fn=grad_fn)[0]  # noqa: E731
+    assert_close(jax.vmap(update)(w[None])[0], jnp.array([3.3, 4.4]))
+
+    def total(rho):
+        link = optax_sam.late(optax_sam.sam(rho), 0)
+        return jnp.sum(link.update(w, link.init(w), w, grad_fn=grad_fn)[0])
+
+    assert_close(jax.grad(total)(0.5), jnp.float32(7 / 5))
