@@ -59,8 +59,8 @@ METHODS = {
     for strategy in STRATEGIES
 }
 METHODS["mSAM, M = 64, auto"] = (SAM, {"num_micro_batches": 64})
-METHODS["late mSAM, M = 8, before the switch"] = (optax_sam.late(SAM, NEVER), {"num_micro_batches": 8})
-METHODS["late mSAM, M = 8, after the switch"] = (optax_sam.late(SAM, 1), {"num_micro_batches": 8})
+METHODS["late mSAM, M = 8, before"] = (optax_sam.late(SAM, NEVER), {"num_micro_batches": 8})
+METHODS["late mSAM, M = 8, after"] = (optax_sam.late(SAM, 1), {"num_micro_batches": 8})
 METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]
 REWRITES = jax.default_backend() == "cpu"  # convolutions in loops and branches
 COLORS = {"optax_sam": "#0072b2", "peer": "#d55e00"}
@@ -167,10 +167,10 @@ def measure(network: str, optimizer: str, precision: str, repeats: int, workers:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """One line per program, fit for 80 columns."""
-    lines = [f"{'':<36}{'ms':>8}{'× plain':>8}{'quartiles':>11}{'compile':>8}{'GFLOP':>7}{'MB':>7}"]
+    lines = [f"{'':<31}{'ms':>8}{'× plain':>8}{'quartiles':>11}{'compile':>8}{'GFLOP':>7}{'MB':>7}"]
     for name, row in rows.items():
         low, high = row["quartiles"]
-        line = f"{name:<36}{row['milliseconds']:>8.2f}{row['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>11}"
+        line = f"{name:<31}{row['milliseconds']:>8.2f}{row['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>11}"
         if "compile_seconds" in row:
             gigaflops = "" if row["has_loop"] or not row["flops"] else f"{row['flops'] / 1e9:.2f}"
             line += f"{row['compile_seconds']:>6.1f} s{gigaflops:>7}{(row['temporary_bytes'] or 0) / 1e6:>7.1f}"
