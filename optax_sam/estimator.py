@@ -83,11 +83,29 @@ def gradient_estimator(
     - ``"device"``: one ε for all the micro-batches of one device; SAM gradients are averaged over devices.
 
     ``loss_fn(params, batch, *args, **kwargs)`` returns the mean loss of the batch, or ``(loss, aux)``. Every leaf of
-    ``batch`` has a leading axis of B examples. The other arguments go to every call unchanged, except scalar PRNG
-    keys (``jax.random.key``; legacy ``PRNGKey`` arrays cannot be told from data): these are folded with the index of
-    the micro-batch (counted over all devices) where there is more than one, so that micro-batches draw different
-    dropout masks, and the two passes of one micro-batch the same. Loss and aux are those of the clean pass, averaged
-    over micro-batches and devices; aux leaves that are not float are those of the first micro-batch.
+    ``batch`` has a leading axis of B examples; ``batch_argnums`` names further arguments that have one. The others go
+    to every call unchanged, except scalar PRNG keys (``jax.random.key``; legacy ``PRNGKey`` arrays cannot be told from
+    data): these are folded with the index of the micro-batch (counted over all devices) where there is more than one,
+    so that micro-batches draw different dropout masks, and the two passes of one micro-batch the same.
+
+    Loss and aux are those of the clean pass, averaged over micro-batches and devices. Aux leaves that are not float are
+    those of the first micro-batch, so return a count as a float mean, ``jnp.mean(logits.argmax(-1) == labels)``. What
+    aux holds for each example does not survive an average: evaluate that outside.
+
+    .. math::
+        \bar x = \sum_j m_j x_j \Big/ \sum_j m_j
+
+    is the average with a ``weight_fn`` that returns m_j. Padded micro-batches hold different numbers of valid examples
+    or tokens: let loss_fn return the mean over the valid ones and weight_fn their number, and gradients accumulate
+    exactly. A micro-batch of weight 0 contributes nothing, even if its loss is 0/0; if all are 0, so are the results.
+
+    A link with M > 1 acts on each micro-batch, and its outputs are averaged. For a whole optimizer or a clipping that
+    is hardly what is meant: put it behind the estimator, ``optimizer.update(grads, ...)``, or use
+    ``ascent_per="batch"``. To start an optimizer afresh with late SAM, switch it there too:
+    ``switch_at({0: optax.adam(1e-3), start: optax.adam(1e-3)})``.
+
+    A loss that averages over ``axis_name`` itself, with ``jax.lax.pmean``, gives the same gradients as one that leaves
+    it to the estimator.
 
     A batch that is sharded over D devices of an Explicit mesh, with M a multiple of D, stays where it is: each device
     takes M / D micro-batches. XLA cannot do that for a batch on an Auto mesh; use ``jax.shard_map`` and ``axis_name``.
@@ -106,6 +124,11 @@ def gradient_estimator(
             time if M is even and what is averaged is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
         axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further parts of the
             batch; results are averaged over it. Params and state are the same on every member.
+        batch_argnums: which arguments of loss_fn hold examples, an int or several, counted as in ``jax.grad`` (params
+            are 0). With M > 1, any other array with a leading axis of B is refused; what all micro-batches share, let
+            loss_fn close over.
+        weight_fn: from the arguments of loss_fn behind params, for one micro-batch, to its weight, a scalar ≥ 0. None:
+            equal weights.
 
     Returns:
         A :class:`GradientEstimator`. Gradients have the structure, shapes and dtypes that ``jax.grad(loss_fn)``
@@ -114,11 +137,11 @@ def gradient_estimator(
 
     Raises:
         TypeError: an argument is of the wrong type; when called: params that are not all floating-point arrays, or
-            loss_fn returns no scalar loss, or with has_aux no pair.
+            loss_fn returns no scalar loss, or with has_aux no pair, or with M > 1 aux that is not made of arrays.
         ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1; when
-            called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; a state that is not
-            of this link; axis_name is not a mapped axis, is one that the params vary over, or is missing where
-            ``shard_map`` would sum the gradient.
+            called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; another array with a
+            leading axis of B; a state that is not of this link; axis_name is not a mapped axis, is one that the params
+            vary over, or is missing where ``shard_map`` would sum the gradient.
 
     Example:
         >>> import optax_sam
@@ -339,7 +362,7 @@ def value_and_grad(
         loss_fn: function to differentiate with respect to its first argument; see :func:`gradient_estimator`.
         link: a link without arrays in its state, such as ``sam(0.05)`` with a constant rho.
         **options: the keywords of :func:`gradient_estimator`: ``has_aux``, ``num_micro_batches``, ``ascent_per``,
-            ``strategy``, ``axis_name``.
+            ``strategy``, ``axis_name``, ``batch_argnums``, ``weight_fn``.
 
     Returns:
         A function of ``(params, batch, *args, **kwargs)`` that returns ``(loss, grads)``, or ``((loss, aux), grads)``.

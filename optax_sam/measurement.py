@@ -63,9 +63,9 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
     .. math::
         \|g\|, \quad \|\varepsilon\|, \quad \|s\|, \quad \cos(g, s), \quad L(w), \quad L(w + \varepsilon)
 
-    Updates and evaluations are those of ``link``; the cost is a few passes over the params, for the norms. It stands
-    directly around the link, inside of what switches, maps or averages: ``switch_at({0: measured(optax.identity()),
-    start: measured(sam(rho))})``, ``micro_batched(measured(sam(rho)))``, ``sharded(measured(sam(rho)), "model")``.
+    Updates and evaluations are those of ``link``; the cost is a few passes over the params, for the norms. Of a switch
+    each link is measured, ``measured(late(sam(rho), start))``; the state is then that of the switch. What averages or
+    maps goes around it: ``micro_batched(measured(sam(rho)))``, ``sharded(measured(sam(rho)), "model")``.
 
     In the estimator, ``gradient_estimator(loss_fn, measured(sam(rho)))``, nothing else is needed. An Optax chain is
     called as for Optax's line searches, ``tx.update(grads, state, params, value=loss, value_fn=loss_fn, batch=batch)``:
@@ -81,13 +81,13 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         link: link to measure, or another transformation such as ``optax.identity()``.
 
     Returns:
-        An ``optax.GradientTransformationExtraArgs`` with a :class:`MeasuredState`.
+        An ``optax.GradientTransformationExtraArgs`` with a :class:`MeasuredState`, or, of a switch, one for each link.
 
     Raises:
         TypeError: link is not a transformation; at ``update``, a loss is not a scalar.
-        ValueError: at ``update``: ``value`` or ``value_fn`` is missing; ``value`` varies over a mapped axis and the
-            gradient does not; link averages, or evaluates gradients inside of a branch, a loop or a map of its own; or
-            params are sharded and nobody said so.
+        ValueError: at ``update``: ``value`` or ``value_fn`` is missing; a loss and its gradient are averaged over
+            different members of a mapped axis; link averages, or evaluates gradients inside of a branch, a loop or a
+            map of its own; or params are sharded and nobody said so.
 
     Example:
         >>> import optax_sam
@@ -121,8 +121,8 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
             if get_opaque_trace_state() != trace:
                 raise ValueError(
                     "measured(link): link evaluates a gradient inside of a branch, a loop or a map of its own, which "
-                    "no measurement can leave. Measure inside of it: `switch_at({0: measured(optax.identity()), "
-                    "start: measured(sam(rho))})`, `micro_batched(measured(sam(rho)))`."
+                    "no measurement can leave. Measure inside of it: `micro_batched(measured(sam(rho)))`, and of a "
+                    "chain with a switch the switch alone: `optax.chain(measured(late(sam(rho), start)), ...)`."
                 )
             loss, gradient = evaluate(point, *batch)
             noted[:] = [(point, loss)]

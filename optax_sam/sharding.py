@@ -25,9 +25,10 @@ def sharded(
             + \sum_{\text{members}} \sum_{\text{sharded leaves}} \|g_i\|_2^2
 
     For ``shard_map`` with params that differ between the members of an axis. Each norm costs two scalar reductions over
-    it. Norms that other transformations take (``optax.clip_by_global_norm``, a ``projection``) remain those of the
-    shard. Stands around the link alone, ``optax.chain(sharded(sam(rho), "model"), optax.adam(1e-3))``; for two axes
-    with a mask each, around itself.
+    it. Norms that other transformations take (``optax.clip_by_global_norm``, ``optax.tree.norm``, a ``projection``)
+    remain those of the shard; a link of your own gets the keyword ``shards``, for :func:`optax_sam.norm` and
+    :func:`optax_sam.vdot`. Stands around the link alone, ``optax.chain(sharded(sam(rho), "model"), optax.adam(1e-3))``;
+    for two axes with a mask each, around itself.
 
     Where ``shard_map`` does not track what varies (``check_vma=False``, ``pmap``) it needs the ``mask``, and a loss
     that does not communicate: JAX's own gradients through ``psum`` are too large there by the size of the axis.

@@ -40,6 +40,9 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
 
     Steps are calls of ``update``, counted from 0. Schedules inside a link count the steps in which it was active.
 
+    With micro-batches, in the estimator or in ``micro_batched``, phases are links, not whole optimizers: Adam would run
+    on each micro-batch, and its steps be averaged. Switch optimizers behind the average, with a second ``switch_at``.
+
     Args:
         phases: from the first step of a phase to its link, in increasing order, beginning at step 0.
 

@@ -251,7 +251,9 @@ NOT_STATES_OF_LINKS = [
 ]
 OTHER_SWITCH = optax_sam.switch_at({0: SAM, 1: SAM, 2: SAM}).init(WEIGHTS)
 BRANCHES = (optax.chain(LATE, optax.scale(2.0)), optax.conditionally_transform(SAM, lambda step: True))
-NOT_MEASURABLE = these(ValueError, "`switch_at({0: measured(optax.identity()), ", *BRANCHES, got="inside of a branch")
+NOT_MEASURABLE = these(
+    ValueError, "`optax.chain(measured(late(sam(rho), start)), ", *BRANCHES, got="inside of a branch"
+)
 NOT_MEASURABLE_STACKS = [
     *these(ValueError, "`micro_batched(measured(sam(rho)))`", MSAM, got="a map of its own"),
     *these(ValueError, "`micro_batched(measured(sam", optax_sam.micro_batched(IDENTITY), got="averages over a leading"),
