@@ -134,7 +134,7 @@ def test_micro_batches_draw_different_masks_from_a_key_that_goes_through_the_est
 
     def loss_fn(params, batch, key):
         model = nnx.merge(graphdef, params, rest, copy=True)
-        nnx.reseed(model, dropout=key)
+        nnx.reseed(model, default=key)
         jax.debug.callback(lambda mask: masks.append(np.asarray(mask)), model.dropout(jnp.ones((4, 8))))
         return loss_of(model, batch), nnx.split(model, nnx.Param, ...)[2]
 
