@@ -1,13 +1,12 @@
 r"""Norms: the length of a tree of arrays over all its leaves and shards, inner products, and rescaling to a length.
 
-Squares of float32 numbers underflow below 1e-19 and overflow above 1e19, so the sum is taken at one of two scales c,
-powers of two:
+Squares of float32 numbers underflow below 1e-19 and overflow above 1e19. A sum of squares that is far from both is
+taken as it is; else it is taken again at a scale c, a power of two:
 
 .. math::
-    \|x\|_2 = \frac1c \sqrt{\sum_i (c \, x_i)^2}, \qquad c \in \{2^{48}, 2^{-48}\}
+    \|x\|_2 = \frac1c \sqrt{\sum_i (c \, x_i)^2}, \qquad c \in \{2^{62}, 2^{-64}\}
 
-The first serves norms up to 2¹⁶ and the second those above, up to 10³³; where the second is needed, what underflows in
-it is less than 2⁻³¹ of the norm for each element. Below 10⁻³³ a norm counts as zero.
+which serves norms over all of float32.
 """
 
 import functools
@@ -21,7 +20,6 @@ import numpy as np
 from optax_sam.axes import Declared, axes_of_leaves, vary, varying_axes
 from optax_sam.checks import check_alike, is_float
 
-SCALES = (2.0**48, 2.0**-48)
 Axes = tuple[str, ...]
 
 
@@ -32,7 +30,7 @@ def norm(tree: Any, shards: Declared = ()) -> jax.Array:
         \|x\|_2 = \sqrt{\sum_i |x_i|^2}
 
     The sum is taken in float32 or wider: ``optax.tree.norm`` adds in the dtype of the leaves, where bfloat16 is off by
-    half and float16 overflows. Exact for float32 norms from 1e-33 to 1e33; the derivative at zero is zero.
+    half and float16 overflows. Exact for float32 norms up to 3e38; the derivative at zero is zero.
 
     Args:
         tree: tree of float arrays.
@@ -122,7 +120,7 @@ def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
 def _unit(length: jax.Array) -> jax.Array:
     """A power of two near a norm, so that a division by it is exact; 1 for 0."""
     _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.where(jnp.isfinite(length), length, 1)))
-    return jnp.ldexp(jnp.ones_like(length), exponent)
+    return jnp.ldexp(jnp.ones_like(length), jnp.clip(exponent, -126, 126))
 
 
 def _wide_leaves(tree: Any, shards: Declared) -> tuple[list[jax.Array], tuple[Axes, ...]]:
@@ -140,16 +138,13 @@ def _wide_leaves(tree: Any, shards: Declared) -> tuple[list[jax.Array], tuple[Ax
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)  # or the loop would be compiled in every call that is not in a jit
 def _norm(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> jax.Array:
-    first, second = SCALES
     on_mesh = any(jax.typeof(leaf).sharding.mesh.explicit_axes for leaf in leaves)
-    # Only one device alone can stop after the first scale: a GPU would wait for the host, shards for each other.
+    # Only one device alone can leave the second pass out: a GPU would wait for the host, shards for each other.
     if jax.default_backend() == "cpu" and not any(axes) and not on_mesh:
-        square, is_first = _first_finite_square(leaves)
+        first, square = _squares_as_needed(leaves)
     else:
-        square, other = jax.lax.map(lambda scale: _sum_of_squares(leaves, scale, axes), jnp.array(SCALES))
-        is_first = jnp.isfinite(square)
-        square = jnp.where(is_first, square, other)
-    return jnp.sqrt(square) * jnp.where(is_first, 1 / first, 1 / second).astype(square.dtype)
+        first, square = _squares_of_both_passes(leaves, axes)
+    return jnp.sqrt(square) / jnp.where(_fits(first), 1, _scale_for(first))
 
 
 @_norm.defjvp
@@ -159,25 +154,42 @@ def _norm_derivative(axes: tuple[Axes, ...], primals: Any, tangents: Any) -> tup
     return length, _sum_of_products(at_length(leaves, length, 1.0), changes, axes)
 
 
-def _first_finite_square(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The sum of squares at the first scale that does not overflow, and whether that is the first.
+def _fits(square: jax.Array) -> jax.Array:
+    """Whether a sum of squares is far from under- and overflow: what underflows in it is below 2⁻³³ of the norm."""
+    return (square > 2.0**-60) & (square < 2.0**126)
 
-    A loop rather than a branch: XLA compiles one pass over the leaves instead of two. It also keeps XLA from repeating
-    what follows the sum, cheap and dependent on every leaf, in the loop over each leaf: hundreds took minutes.
+
+def _scale_for(square: jax.Array) -> jax.Array:
+    return jnp.where(square < 1, 2.0**62, 2.0**-64).astype(square.dtype)
+
+
+def _squares_as_needed(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The sum of squares, and the same at a scale if it needs one.
+
+    The loop keeps XLA from repeating what follows, cheap and dependent on every leaf, in the pass over each leaf:
+    hundreds of them took minutes to compile.
     """
-    first, second = SCALES
-    start = jnp.zeros([], jnp.finfo(leaves[0].dtype).dtype)
+    axes = [()] * len(leaves)
+    first = _sum_of_products(leaves, leaves, axes)
 
-    def take(carry):
-        index, _ = carry
-        return index + 1, _sum_of_squares(leaves, jnp.where(index == 0, first, second), [()] * len(leaves))
+    def take_again(_):
+        return jnp.full_like(first, True, jnp.bool_), _sum_of_squares(leaves, _scale_for(first), axes)
 
-    def is_unfinished(carry):
-        index, square = carry
-        return (index == 0) | ((index == 1) & ~jnp.isfinite(square))
+    _, square = jax.lax.while_loop(lambda carry: ~carry[0], take_again, (_fits(first), first))
+    return first, square
 
-    index, square = jax.lax.while_loop(is_unfinished, take, (0, vary(start, varying_axes(leaves))))
-    return square, jnp.equal(index, 1)
+
+def _squares_of_both_passes(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> tuple[jax.Array, jax.Array]:
+    """The same without a branch, in two passes."""
+
+    def take(scale, _):
+        square = _sum_of_squares(leaves, scale, axes)
+        return _scale_for(square), square
+
+    dtype = jnp.finfo(leaves[0].dtype).dtype
+    varying = varying_axes(leaves) - {axis for names in axes for axis in names}
+    _, (first, second) = jax.lax.scan(take, vary(jnp.ones([], dtype), varying), length=2)
+    return first, jnp.where(_fits(first), first, second)
 
 
 def _sum_of_squares(leaves: Sequence[jax.Array], scale: jax.Array, axes: Sequence[Axes]) -> jax.Array:

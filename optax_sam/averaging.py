@@ -162,8 +162,8 @@ def weighted(x: jax.Array, share: jax.Array) -> jax.Array:
     """share · x where x is float; what has no share does not count, even if it is not finite."""
     if not is_float(x):
         return x
-    product = widen(x) * share.astype(jnp.finfo(widen(x).dtype).dtype)
-    return jnp.where(share == 0, 0, product).astype(x.dtype)
+    product = x * share.astype(jnp.finfo(jnp.result_type(x)).dtype)
+    return jnp.where(share == 0, 0, product)
 
 
 def mean_of_stack(tree: Any, shares: jax.Array | None = None) -> Any:
@@ -172,7 +172,9 @@ def mean_of_stack(tree: Any, shares: jax.Array | None = None) -> Any:
     def mean(x):
         if not is_float(x):
             return _first_entry(x)
-        return jnp.mean(x, axis=0) if shares is None else jnp.sum(jax.vmap(weighted)(x, shares), axis=0)
+        if shares is None:
+            return jnp.mean(x, axis=0)
+        return jnp.sum(jax.vmap(weighted)(widen(x), shares), axis=0).astype(x.dtype)
 
     return jax.tree.map(mean, tree)
 
@@ -192,10 +194,10 @@ def mean_over_axes(tree: Any, axes: tuple[str, ...], weight: jax.Array | None = 
     share = None if weight is None else shares_of(weight, jax.lax.psum(vary(weight, axes), axes))
 
     def mean(leaf):
+        if share is not None:
+            return jax.lax.psum(weighted(widen(leaf), share), axes).astype(leaf.dtype)
         wide = widen(leaf) if leaf.dtype == jnp.float16 else leaf  # sums would overflow
-        if share is None:
-            return jax.lax.pmean(wide, axes).astype(leaf.dtype)
-        return jax.lax.psum(weighted(wide, share), axes).astype(leaf.dtype)
+        return jax.lax.pmean(wide, axes).astype(leaf.dtype)
 
     def reduced(leaf):
         leaf = jnp.asarray(leaf)

@@ -309,7 +309,7 @@ class _Estimate(NamedTuple):
             return value
         check_pair("loss_fn", value, "(loss, aux), as has_aux=True says")
         check_loss("the first of what loss_fn returns", value[0])
-        if self.num_micro_batches > 1 or self.axes:
+        if self.num_micro_batches > 1 or self.axes or self.weight_fn:
             check_arrays("aux", value[1])
         return value
 

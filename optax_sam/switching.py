@@ -234,7 +234,7 @@ def _check_alike(names: Sequence[str], branches: Sequence[Callable[[], Any]], av
         if jax.tree.structure(first) != jax.tree.structure(other):
             raise ValueError(f"{pair}; got structures {jax.tree.structure(first)} and {jax.tree.structure(other)}.")
         for (path, a), b in zip(jax.tree.leaves_with_path(first), jax.tree.leaves(other), strict=True):
-            if jax.typeof(a) != jax.typeof(b):
+            if jax.typeof(a).update(weak_type=False) != jax.typeof(b).update(weak_type=False):
                 raise ValueError(
                     f"{pair}; at {jax.tree_util.keystr(path)} of (update, state) they are {jax.typeof(a)} and "
                     f"{jax.typeof(b)}."

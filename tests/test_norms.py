@@ -12,7 +12,7 @@ import optax_sam
 from optax_sam import _norms
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "gpu"])
-SIZES = pytest.mark.parametrize("scale", [1e-32, 1e-18, 1e-9, 1.0, 1e4, 1e5, 1e9, 1e18, 1e32])
+SIZES = pytest.mark.parametrize("scale", [1e-36, 1e-18, 1e-9, 1e-8, 1.0, 1e4, 1e9, 1e18, 1e19, 1e37])
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,16 @@ def test_norm_of_a_million_elements_beside_one(monkeypatch, backend, length):
     np.testing.assert_allclose(float(optax_sam.norm(tree)), exact_norm(tree), rtol=1e-5)
 
 
-def test_small_elements_beside_one_that_takes_the_second_scale():
-    tree = [jnp.full(1_000_000, 30.0), jnp.array([7e4])]
+@BACKENDS
+@pytest.mark.parametrize("largest", [3.3e18, 9.2e18, 9.3e18, 1e-9, 9.3e-10, 9.4e-10])
+def test_small_elements_beside_one_where_the_scale_changes(monkeypatch, backend, largest):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tree = [jnp.full(1_000_000, largest / 3e3, jnp.float32), jnp.float32(largest)]
     np.testing.assert_allclose(float(optax_sam.norm(tree)), exact_norm(tree), rtol=1e-6)
 
 
 @BACKENDS
-@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-35, 1e35, 3e38])
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e-37, 1e38, 3e38])
 def test_norm_beyond_all_measure_is_no_nan(monkeypatch, backend, scale):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     tree = jnp.full(4, scale, jnp.float32)
@@ -69,15 +72,15 @@ def test_what_is_not_finite_stays_visible(bad):
 
 
 @pytest.mark.parametrize(("backend", "loop"), [("cpu", "while"), ("gpu", "scan")])
-def test_only_a_cpu_stops_after_the_first_scale(monkeypatch, backend, loop):
+def test_only_a_cpu_leaves_the_second_pass_out(monkeypatch, backend, loop):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     program = str(jax.make_jaxpr(lambda tree: optax_sam.norm(tree))(jnp.ones(3)))
     assert [kind for kind in ("while[", "scan[") if kind in program] == [f"{loop}["]
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_norms_of_the_usual_size_are_taken_in_one_pass(monkeypatch, scale):
-    monkeypatch.setattr(_norms, "SCALES", (_norms.SCALES[0], np.nan))
+    monkeypatch.setattr(_norms, "_sum_of_squares", lambda leaves, scale, axes: scale * np.nan)
     np.testing.assert_allclose(optax_sam.norm(scale * jnp.array([3.0, 4.0])), 5.0 * scale, rtol=1e-6)
 
 
@@ -101,7 +104,7 @@ def test_norms_of_complex_leaves_of_nothing_and_of_mixtures():
         optax_sam.norm(jnp.arange(3))
 
 
-@SIZES
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18, 1e30])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_inner_products_are_those_of_numpy(scale, dtype):
     rng = np.random.default_rng(1)

@@ -75,5 +75,5 @@ def test_norms_of_very_different_sizes(size, factor):
 
 
 def test_extreme_gradients_keep_their_norm():
-    grads = jnp.array([1e32, 1.0, 0.0])
+    grads = jnp.array([1e38, 1.0, 0.0])
     assert_close(jax.jit(lambda g: renormalize(optax_sam.renormalized(scaled_by(0.5)), g))(grads), grads)

@@ -153,6 +153,19 @@ def test_weights_see_the_arguments_of_the_loss_and_aux_is_weighted():
     assert (float(aux["mean"]), int(aux["first"]), aux["mean"].dtype) == (4.0, 1, jnp.bfloat16)
 
 
+@every_strategy
+def test_weighted_means_of_narrow_gradients_are_taken_in_float32(strategy):
+    loss_fn = lambda w, x: (jnp.sum(w * jnp.mean(x).astype(w.dtype)), 1.0)  # noqa: E731
+    batch = jnp.concatenate([jnp.full(1, 256.0), jnp.ones(63)])
+    options = {"num_micro_batches": 64, "strategy": strategy, "weight_fn": lambda x: jnp.where(x[0] > 1, 1.0, 2.0)}
+    function = optax_sam.value_and_grad(loss_fn, optax.identity(), has_aux=True, **options)
+    (_, aux), grads = jax.jit(function)(jnp.ones(2, jnp.bfloat16), batch)
+    assert_identical(grads, jnp.full(2, (256 + 2 * 63) / 127, jnp.bfloat16))
+    assert float(aux) == pytest.approx(1)
+    whole = optax_sam.value_and_grad(loss_fn, optax.identity(), has_aux=True, weight_fn=lambda x: 3.0)
+    assert whole(jnp.ones(2, jnp.bfloat16), batch)[1].dtype == jnp.bfloat16
+
+
 # Which arguments are split.
 
 
