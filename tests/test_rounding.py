@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import checkify
 
 import optax_sam
+from optax_sam import _rounding
 from optax_sam._rounding import rounded_sum
 
 NARROW = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
@@ -42,7 +43,8 @@ def test_sums_are_one_of_both_neighbours_and_right_on_average(dtype):
 
 @NARROW
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.5, 6e-8, np.inf, -np.inf])
-def test_steps_of_zero_leave_params_as_they_are(dtype, value):
+def test_steps_of_zero_leave_params_as_they_are(monkeypatch, dtype, value):
+    monkeypatch.setattr(_rounding, "_hash_uniform", lambda x, y: jnp.zeros_like(x))  # what would round anything up
     param = jnp.full(64, value, dtype)
     assert jnp.array_equal(rounded_sum(param, jnp.zeros(64, dtype)), param)
 
