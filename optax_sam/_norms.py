@@ -6,7 +6,7 @@ taken as it is; else it is taken again at a scale c, a power of two:
 .. math::
     \|x\|_2 = \frac1c \sqrt{\sum_i (c \, x_i)^2}, \qquad c \in \{2^{62}, 2^{-64}\}
 
-which serves norms over all of float32.
+which serves norms from 1e-37 to 3e38.
 """
 
 import functools
@@ -30,7 +30,7 @@ def norm(tree: Any, shards: Declared = ()) -> jax.Array:
         \|x\|_2 = \sqrt{\sum_i |x_i|^2}
 
     The sum is taken in float32 or wider: ``optax.tree.norm`` adds in the dtype of the leaves, where bfloat16 is off by
-    half and float16 overflows. Exact for float32 norms up to 3e38; the derivative at zero is zero.
+    half and float16 overflows. Accurate for float32 norms from 1e-37 to 3e38; the derivative at zero is zero.
 
     Args:
         tree: tree of float arrays.
@@ -47,7 +47,9 @@ def norm(tree: Any, shards: Declared = ()) -> jax.Array:
         7.0
     """
     leaves, axes = _wide_leaves(tree, shards)
-    return _norm(leaves, axes) if leaves else jnp.zeros([], jnp.float32)
+    if not leaves:
+        return jnp.zeros([], jnp.float32)
+    return _norm(leaves, axes, _way(leaves, axes))
 
 
 def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
@@ -56,8 +58,8 @@ def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
     .. math::
         \langle a, b \rangle = \mathrm{Re} \sum_i \bar a_i \, b_i, \qquad \langle a, a \rangle = \|a\|_2^2
 
-    Complex leaves count as pairs of real numbers. The sum is taken in float32 or wider, over trees of a length near 1,
-    so that tiny and huge ones lose nothing.
+    Complex leaves count as pairs of real numbers. Both trees are scaled to norms near 1 first, in float32 or wider, so
+    tiny and huge ones keep full precision.
 
     Args:
         a: tree of float arrays.
@@ -77,10 +79,13 @@ def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
     """
     check_alike("a", a, "b", b)
     units = [_unit(norm(tree, shards)) for tree in (a, b)]
-    (first, axes), (second, _) = (
-        _wide_leaves(scaled(wide(x), 1 / u), shards) for x, u in zip((a, b), units, strict=True)
+    (first, axes), (second, others) = (
+        _wide_leaves(scaled(wide(x), 1 / unit), shards) for x, unit in zip((a, b), units, strict=True)
     )
-    return _sum_of_products(first, second, axes) * units[0] * units[1] if first else jnp.zeros([], jnp.float32)
+    if not first:
+        return jnp.zeros([], jnp.float32)
+    axes = [tuple(dict.fromkeys((*names, *more))) for names, more in zip(axes, others, strict=True)]
+    return _sum_of_products(first, second, axes) * units[0] * units[1]
 
 
 def at_length(tree: Any, current: jax.Array, length: jax.typing.ArrayLike) -> Any:
@@ -135,22 +140,24 @@ def _wide_leaves(tree: Any, shards: Declared) -> tuple[list[jax.Array], tuple[Ax
     return [leaf.astype(np.result_type(leaf.dtype, precision)) for leaf in leaves], tuple(axes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-@functools.partial(jax.jit, static_argnums=1)  # or the loop would be compiled in every call that is not in a jit
-def _norm(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> jax.Array:
-    on_mesh = any(jax.typeof(leaf).sharding.mesh.explicit_axes for leaf in leaves)
-    # Only one device alone can leave the second pass out: a GPU would wait for the host, shards for each other.
-    if jax.default_backend() == "cpu" and not any(axes) and not on_mesh:
-        first, square = _squares_as_needed(leaves)
-    else:
-        first, square = _squares_of_both_passes(leaves, axes)
+def _way(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> str:
+    """How the second pass is run. Only one device alone may leave it out, by a branch."""
+    if any(jax.typeof(leaf).sharding.mesh.explicit_axes for leaf in leaves):
+        return "line"  # under vmap, an Explicit mesh has neither branches nor loops
+    return "loop" if any(axes) or jax.default_backend() != "cpu" else "branch"  # a GPU would wait for the host
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))  # or a branch would be compiled in every call that is not in a jit
+def _norm(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> jax.Array:
+    first, square = (_squares_in_a_loop if way == "loop" else _squares)(leaves, axes, way)
     return jnp.sqrt(square) / jnp.where(_fits(first), 1, _scale_for(first))
 
 
 @_norm.defjvp
-def _norm_derivative(axes: tuple[Axes, ...], primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _norm_derivative(axes: tuple[Axes, ...], way: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (leaves,), (changes,) = primals, tangents
-    length = _norm(leaves, axes)
+    length = _norm(leaves, axes, way)
     return length, _sum_of_products(at_length(leaves, length, 1.0), changes, axes)
 
 
@@ -163,26 +170,24 @@ def _scale_for(square: jax.Array) -> jax.Array:
     return jnp.where(square < 1, 2.0**62, 2.0**-64).astype(square.dtype)
 
 
-def _squares_as_needed(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _squares(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> tuple[jax.Array, jax.Array]:
     """The sum of squares, and the same at a scale if it needs one.
 
-    The loop keeps XLA from repeating what follows, cheap and dependent on every leaf, in the pass over each leaf:
+    A branch also keeps XLA from repeating what follows, cheap and dependent on every leaf, in the pass over each leaf:
     hundreds of them took minutes to compile.
     """
-    axes = [()] * len(leaves)
     first = _sum_of_products(leaves, leaves, axes)
-
-    def take_again(_):
-        return jnp.full_like(first, True, jnp.bool_), _sum_of_squares(leaves, _scale_for(first), axes)
-
-    _, square = jax.lax.while_loop(lambda carry: ~carry[0], take_again, (_fits(first), first))
-    return first, square
+    again = lambda: _sum_of_squares(leaves, _scale_for(first), axes)  # noqa: E731
+    if way == "branch":
+        return first, jax.lax.cond(_fits(first), lambda: first, again)
+    return first, jnp.where(_fits(first), first, again())
 
 
-def _squares_of_both_passes(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> tuple[jax.Array, jax.Array]:
-    """The same without a branch, in two passes."""
+def _squares_in_a_loop(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> tuple[jax.Array, jax.Array]:
+    """The same, both passes one piece of code."""
+    del way
 
-    def take(scale, _):
+    def take(scale, _none):
         square = _sum_of_squares(leaves, scale, axes)
         return _scale_for(square), square
 
@@ -201,7 +206,8 @@ def _sum_of_products(first: Sequence[jax.Array], second: Sequence[jax.Array], ax
     """The real part of the sum of products of all elements, and of all shards: one reduction for each set of axes."""
     sums: dict[Axes, jax.Array] = {}
     for a, b, names in zip(first, second, axes, strict=True):
-        product = a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
+        is_complex = jnp.iscomplexobj(a) or jnp.iscomplexobj(b)
+        product = jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b) if is_complex else a * b
         sums[names] = sums[names] + jnp.sum(product) if names in sums else jnp.sum(product)
     totals = [jax.lax.psum(vary(x, names), names) if names else x for names, x in sums.items()]
     return functools.reduce(jnp.add, totals)

@@ -187,9 +187,7 @@ def _first_entry(stack: jax.Array) -> jax.Array:
 
 
 def mean_over_axes(tree: Any, axes: tuple[str, ...], weight: jax.Array | None = None) -> Any:
-    """Means of the float leaves over the members of mapped axes, each with its weight if given; of all other leaves the
-    first member's.
-    """
+    """Means of the float leaves over the members of mapped axes, weighted if given; other leaves are the first's."""
     checked = is_checked(axes)
     share = None if weight is None else shares_of(weight, jax.lax.psum(vary(weight, axes), axes))
 

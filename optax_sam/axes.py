@@ -17,6 +17,7 @@ from jax.extend.core.primitives import axis_index_p
 from optax_sam.checks import spread_mask
 
 AxisNames = str | Sequence[str]
+STAYING = ("axis_index", "pvary", "pcast")  # primitives that name an axis and send nothing over it
 
 
 def varying_axes(*trees: Any) -> frozenset[str]:
@@ -60,6 +61,23 @@ def differs_between_members(result: jax.Array, function: Callable[..., Any], *ar
 
     untracked = isinstance(result, Tracer) and not varying_axes(result)
     return reads_index(jax.make_jaxpr(function)(*args).jaxpr) if untracked else bool(varying_axes(result))
+
+
+def communicates(function: Callable[..., Any], axes: Iterable[str], *args: Any) -> bool:
+    """Whether the function moves data between the members of one of the mapped axes."""
+
+    def does(jaxpr: Jaxpr) -> bool:
+        for eqn in jaxpr.eqns:
+            names = [name for key in ("axes", "axis_name") for name in _as_names(eqn.params.get(key, ()))]
+            if set(names) & set(axes) and eqn.primitive.name not in STAYING:
+                return True
+        return any(map(does, subjaxprs(jaxpr)))
+
+    return does(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _as_names(names: Any) -> tuple[Any, ...]:
+    return tuple(names) if isinstance(names, (tuple, list, set, frozenset)) else (names,)
 
 
 def as_axes(axis_name: Any) -> tuple[str, ...]:
@@ -113,7 +131,7 @@ def axes_of_leaves(tree: Any, declared: Declared) -> list[tuple[str, ...]]:
 
 
 def check_declared(params: Any, gradient: Any, declared: Declared) -> None:
-    """Raises if params vary over a mapped axis in a way that nobody explained: norms could be wrong."""
+    """Raises if params vary over a mapped axis that was not declared: norms could be wrong."""
     for axis in sorted(varying_axes(params) - {axis for shards in declared for axis in shards.axes}):
         raise ValueError(
             f"The params vary over the mapped axis {axis!r}. If they are sharded over it, norms must be summed over "

@@ -148,8 +148,8 @@ def check_arrays(name: str, tree: Any) -> None:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
             raise TypeError(
-                f"{name} must hold arrays and numbers, to be averaged; got {leaf!r} at {_place(path)}. Return what is "
-                "static in another way, and of modules and nnx.Rngs their state, `nnx.state(model)`."
+                f"{name} must hold arrays and numbers, to be averaged; got {leaf!r} at {_place(path)}. Return static "
+                "values outside of aux, and of modules and nnx.Rngs their state, `nnx.state(model)`."
             )
 
 

@@ -17,7 +17,7 @@ from jax.extend.core.primitives import conv_general_dilated_p, jit_p, remat_p
 
 
 def canonicalized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, to be the body of a loop or a branch; on other backends than CPUs the function itself."""
+    """Prepares a loop or branch body for XLA:CPU; a no-op on other backends."""
     if jax.default_backend() != "cpu":
         return function
 

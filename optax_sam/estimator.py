@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
-from optax_sam.axes import AxisNames, as_axes, check_mapped, vary
+from optax_sam.axes import AxisNames, as_axes, check_mapped, communicates, vary
 from optax_sam.checks import (
     as_link,
     check_arrays,
@@ -27,6 +27,7 @@ from optax_sam.checks import (
     check_loss,
     check_pair,
     check_real,
+    is_float,
 )
 from optax_sam.micro_batches import (
     STRATEGIES,
@@ -97,7 +98,8 @@ def gradient_estimator(
 
     is the average with a ``weight_fn`` that returns m_j. Padded micro-batches hold different numbers of valid examples
     or tokens: let loss_fn return the mean over the valid ones and weight_fn their number, and gradients accumulate
-    exactly. A micro-batch of weight 0 contributes nothing, even if its loss is 0/0; if all are 0, so are the results.
+    exactly. A micro-batch of weight 0 contributes nothing, even if its loss is 0/0; if all are 0, so are loss, aux and
+    gradients, and the floats in the states of micro-batches stay as they were.
 
     A link with M > 1 acts on each micro-batch, and its outputs are averaged. For a whole optimizer or a clipping that
     is hardly what is meant: put it behind the estimator, ``optimizer.update(grads, ...)``, or use
@@ -105,7 +107,7 @@ def gradient_estimator(
     ``switch_at({0: optax.adam(1e-3), start: optax.adam(1e-3)})``.
 
     A loss that averages over ``axis_name`` itself, with ``jax.lax.pmean``, gives the same gradients as one that leaves
-    it to the estimator.
+    it to the estimator. With ``weight_fn`` loss_fn must not communicate over ``axis_name``.
 
     A batch that is sharded over D devices of an Explicit mesh, with M a multiple of D, stays where it is: each device
     takes M / D micro-batches. XLA cannot do that for a batch on an Auto mesh; use ``jax.shard_map`` and ``axis_name``.
@@ -121,13 +123,13 @@ def gradient_estimator(
         strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
             one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``; under it "scan", two at a
-            time if M is even and what is averaged is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
+            time if M > 2 is even and what is averaged is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
         axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further parts of the
             batch; results are averaged over it. Params and state are the same on every member.
         batch_argnums: which arguments of loss_fn hold examples, an int or several, counted as in ``jax.grad`` (params
-            are 0). With M > 1, any other array with a leading axis of B is refused; what all micro-batches share, let
-            loss_fn close over.
-        weight_fn: from the arguments of loss_fn behind params, for one micro-batch, to its weight, a scalar ≥ 0. None:
+            are 0). With M > 1, any other array with a leading axis of B is refused; loss_fn closes over what all
+            micro-batches share.
+        weight_fn: called as loss_fn is, without params, for one micro-batch; returns its weight, a scalar ≥ 0. None:
             equal weights.
 
     Returns:
@@ -140,8 +142,9 @@ def gradient_estimator(
             loss_fn returns no scalar loss, or with has_aux no pair, or with M > 1 aux that is not made of arrays.
         ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1; when
             called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; another array with a
-            leading axis of B; a state that is not of this link; axis_name is not a mapped axis, is one that the params
-            vary over, or is missing where ``shard_map`` would sum the gradient.
+            leading axis of B; a loss_fn that communicates beside a weight_fn; a state that is not of this link;
+            axis_name is not a mapped axis, is one that the params vary over, or is missing where ``shard_map`` would
+            sum the gradient.
 
     Example:
         >>> import optax_sam
@@ -197,6 +200,8 @@ class _Estimate(NamedTuple):
             members = jax.lax.axis_size(self.axes)
             check_divisible((leading_size(batch=batch) or 0) * members, members, self.num_micro_batches)
         weights = self._weights(batch, others)
+        if weights is not None and self.axes:
+            self._check_own_loss(params, batch, others)
 
         def mark(tree):
             """The tree, marked as varying over the axes: its gradient is then this member's own, not their sum."""
@@ -238,10 +243,23 @@ class _Estimate(NamedTuple):
             return mean_over_axes(tree, self.axes, weight) if self.axes else tree
 
         if self.ascent_per == "micro_batch":
-            return over_devices(over_micro_batches(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
-        if self.ascent_per == "device":
-            return over_devices(apply_link(over_micro_batches))
-        return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
+            results = over_devices(over_micro_batches(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
+        elif self.ascent_per == "device":
+            results = over_devices(apply_link(over_micro_batches))
+        else:
+            return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
+        return results if weights is None else self._with_state(state, results, jnp.sum(weights))
+
+    def _with_state(
+        self, state: optax.OptState, results: tuple[Any, Any, Any], weight: jax.Array
+    ) -> tuple[Any, Any, Any]:
+        """The results; where all weights are 0 no state was averaged, and its floats stay as they were."""
+        value, gradient, next_state = results
+        total = jax.lax.psum(vary(weight, self.axes), self.axes) if self.axes else weight
+        kept = jax.tree.map(
+            lambda old, new: jnp.where(total == 0, old, new) if is_float(new) else new, state, next_state
+        )
+        return value, gradient, kept
 
     def split_arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, Any]:
         """The arguments that carry examples, and the others; raises if there is nothing to split, or too little is."""
@@ -265,6 +283,15 @@ class _Estimate(NamedTuple):
         args = rest | dict(zip(self.batch_argnums, batch, strict=False))
         return tuple(args[number] for number in sorted(args)), kwargs
 
+    def _check_own_loss(self, params: Any, batch: tuple, others: Any) -> None:
+        """Raises if loss_fn communicates: a member's gradient would hold parts of losses that have other weights."""
+        args, kwargs = self._arguments(batch, others)
+        if communicates(lambda params: self.loss_fn(params, *args, **kwargs), self.axes, params):
+            raise ValueError(
+                f"With weight_fn, loss_fn must not communicate over {self.axes}, as it does with a jax.lax collective: "
+                "a weight is of one member. Leave the average to the estimator, or weigh in loss_fn and drop weight_fn."
+            )
+
     def _check_shared(self, others: dict[int, Any], kwargs: dict[str, Any], size: int) -> None:
         """Raises if an argument that is not split could hold examples: it would be broadcast, silently."""
         named = {f"argument {number} of loss_fn": (arg, number) for number, arg in others.items()}
@@ -272,11 +299,13 @@ class _Estimate(NamedTuple):
         for name, (tree, number) in named.items():
             for leaf in jax.tree.leaves(tree):
                 if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim and leaf.shape[0] == size:
-                    numbers = (*self.batch_argnums, "its position" if number is None else number)
+                    cure = "pass it by position and name that in batch_argnums"
+                    if number is not None:
+                        cure = f"pass batch_argnums={(*self.batch_argnums, number)}"
                     raise ValueError(
                         f"{name} has a leading axis of {size}, as the batch has, and is not split into micro-batches. "
-                        f"If it holds examples, pass batch_argnums=({', '.join(map(str, numbers))}); if all "
-                        "micro-batches share it, let loss_fn close over it."
+                        f"If it holds examples, {cure}; if all micro-batches share it, let loss_fn close over it, or "
+                        "give it another leading axis, x[None]."
                     )
 
     def _weights(self, batch: tuple, others: Any) -> jax.Array | None:
@@ -286,8 +315,8 @@ class _Estimate(NamedTuple):
         weight_fn = self.weight_fn
 
         def weight(micro_batch):
-            args, _ = self._arguments(micro_batch, others)
-            value = weight_fn(*args)
+            args, kwargs = self._arguments(micro_batch, others)
+            value = weight_fn(*args, **kwargs)
             check_real("what weight_fn returns", value)
             return jnp.asarray(value, jnp.result_type(float))
 

@@ -1,8 +1,8 @@
 r"""The family: the algorithms of the papers, each one line of composition.
 
 ``mask`` chooses the leaves that are perturbed, as in ``optax.add_decayed_weights``: a tree of booleans with the
-structure of the params (or a prefix of it), or a function from params to such a tree. The other leaves move by
-exactly 0 and stay out of the norm; their gradient is still taken at the perturbed point.
+structure of the params (or a prefix of it, but not one boolean for all), or a function from params to such a tree. The
+other leaves move by exactly 0 and stay out of the norm; their gradient is still taken at the perturbed point.
 """
 
 from collections.abc import Callable
@@ -261,4 +261,4 @@ def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.Gr
 def _kept(chosen: bool | jax.Array, leaf: jax.Array) -> jax.Array:
     if isinstance(chosen, jax.Array):
         return jnp.where(chosen, leaf, 0)
-    return leaf if chosen else jnp.zeros_like(leaf)
+    return leaf if chosen else jnp.zeros_like(leaf)  # known when traced: nothing to select

@@ -1,8 +1,8 @@
 r"""Measurement: what SAM does during training, recorded in the state.
 
 ``measured(link)`` notes where its link evaluates gradients, and takes the loss there from the same evaluation: no
-gradient is added, and no forward pass where loss and gradient come from one function. A link that nobody measures costs
-what it did.
+gradient is added, and no forward pass where loss and gradient come from one function. Unmeasured
+links have no overhead.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         TypeError: link is not a transformation; at ``update``, a loss is not a scalar.
         ValueError: at ``update``: ``value`` or ``value_fn`` is missing; a loss and its gradient are averaged over
             different members of a mapped axis; link averages, or evaluates gradients inside of a branch, a loop or a
-            map of its own; or params are sharded and nobody said so.
+            map of its own; or sharded params were not declared with ``sharded``.
 
     Example:
         >>> import optax_sam

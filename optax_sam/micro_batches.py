@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_sam._norms import widen
 from optax_sam.averaging import leading_size, mean_of_stack, shares_of, weighted
-from optax_sam.axes import vary
+from optax_sam.axes import vary, varying_axes
 from optax_sam.checks import is_float
 from optax_sam.convolution import canonicalized
 from optax_sam.sharding import axes_in, num_devices
@@ -68,9 +68,9 @@ def _sums_in_a_loop(
         terms = _terms(jax.tree.leaves(evaluate(index, micro_batch)), share)
         return [t + x if is_float(x) else jnp.where(index == 0, x, t) for t, x in zip(totals, terms, strict=True)], None
 
-    indices, stacks, _ = entries
+    indices, stacks, shares = entries
     closed, shapes = jax.make_jaxpr(evaluate, return_shape=True)(indices[0], _entry(stacks, 0))
-    zeros, length = list(map(_zeros, closed.out_avals)), len(indices)
+    zeros, length = [_zeros(aval, varying_axes(shares)) for aval in closed.out_avals], len(indices)
     at_a_time = min(most_at_a_time, _at_a_time(length, closed.out_avals))
     totals, _ = jax.lax.scan(canonicalized(add), zeros, entries, unroll=at_a_time)
     return totals, closed.out_avals, jax.tree.structure(shapes)
@@ -103,10 +103,11 @@ def _at_a_time(length: int, results: list[Any]) -> int:
     return 2 if is_small and length > 2 and length % 2 == 0 else 1
 
 
-def _zeros(aval: Any) -> jax.Array:
-    """Zeros of the type of a traced array, floats in float32 or wider."""
+def _zeros(aval: Any, axes_of_shares: frozenset[str]) -> jax.Array:
+    """Zeros of the type of a traced array; of floats, that of their products with a share in float32 or wider."""
     dtype = jnp.float32 if is_float(aval) and jnp.finfo(aval.dtype).bits < 32 else aval.dtype
-    return vary(jax.lax.full(aval.shape, 0, dtype, sharding=aval.sharding), aval.mat.varying)
+    varying = aval.mat.varying | (axes_of_shares if is_float(aval) else frozenset())
+    return vary(jax.lax.full(aval.shape, 0, dtype, sharding=aval.sharding), varying)
 
 
 def _split(leaf: Any, num_micro_batches: int) -> jax.Array:

@@ -30,8 +30,8 @@ def renormalized(
 
     Raises:
         TypeError: inner is not a transformation, or max_scale is not a real scalar.
-        ValueError: max_scale is a negative or non-finite number; at ``update``, inner averages, or
-            params are sharded and nobody said so.
+        ValueError: max_scale is a negative or non-finite number; at ``update``, inner averages, or sharded params were
+            not declared with ``sharded``.
 
     Example:
         >>> link = renormalized(optax.stateless(lambda g, _: optax.tree.scale(10.0, g)))

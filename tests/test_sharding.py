@@ -121,7 +121,9 @@ def test_memory_of_a_device_is_that_of_its_shard(axis_type):
             memory = program.memory_analysis()
             assert memory.argument_size_in_bytes < 3.1 * shard
             assert memory.output_size_in_bytes < 3.1 * shard
-            assert memory.temp_size_in_bytes < 4 * shard  # late: the branch of the norm in the branch of the switch
+            assert (
+                memory.temp_size_in_bytes < 5 * shard
+            )  # XLA copies what a branch reads: of two norms, of late in a switch
             moved = sum(collective.num_bytes for collective in collectives(program.as_text(), branch=1))
             assert moved < 0.01 * shard, "params were gathered or reduced"
 

@@ -55,9 +55,8 @@ def test_the_mean_of_means_is_not_the_mean():
 
 @every_strategy
 @pytest.mark.parametrize("link", [optax.identity(), optax_sam.sam(RHO), optax_sam.usam(RHO), optax_sam.stable_sam(RHO)])
-@pytest.mark.parametrize("num_micro_batches", [1, 8])
-def test_accumulation_of_padded_batches_is_exact(strategy, link, num_micro_batches):
-    options = {"num_micro_batches": num_micro_batches, "strategy": strategy, "weight_fn": num_valid}
+def test_accumulation_of_padded_batches_is_exact(strategy, link):
+    options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": num_valid}
     function = optax_sam.value_and_grad(padded_loss, link, ascent_per="batch", **options)
     whole = optax_sam.value_and_grad(padded_loss, link)(PARAMS, RAGGED)
     assert_close(jax.jit(function)(PARAMS, RAGGED), whole)
@@ -128,6 +127,47 @@ def test_padding_alone_is_no_step(strategy, num_micro_batches):
     assert_identical(grads, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
+COMMUNICATING = {
+    "averaged": lambda w, b: jax.lax.pmean(padded_loss(w, b), "data"),
+    "normalized": lambda w, b: jax.lax.psum(padded_loss(w, b), "data") / jax.lax.psum(num_valid(b), "data"),
+    "statistics": lambda w, b: (
+        padded_loss(w, b) * jax.jit(lambda x: jax.lax.pmean(jnp.mean(x), "data"))(b["x"] * w["output"][0])
+    ),
+    "gathered": lambda w, b: padded_loss(w, b) + jnp.mean(jax.lax.all_gather(b["x"] * w["output"][0], "data")),
+}
+
+
+@every_map
+@pytest.mark.parametrize("kind", COMMUNICATING)
+def test_losses_that_communicate_have_no_weight_of_their_own(run, kind):
+    function = optax_sam.value_and_grad(COMMUNICATING[kind], optax_sam.sam(RHO), axis_name="data", weight_fn=num_valid)
+    with pytest.raises(ValueError, match=r"With weight_fn, loss_fn must not communicate over \('data',\)"):
+        run(function, PARAMS, batch=padded([1] * SIZE))
+
+
+STATES = {
+    "injected": optax.inject_hyperparams(optax_sam.sam)(rho=0.1),
+    "ema": optax_sam.sharpness_aware(optax.chain(optax.ema(0.9), optax_sam.normalized_ascent(0.1))),
+    "measured": optax_sam.measured(optax_sam.sam(0.1)),
+}
+
+
+@pytest.mark.parametrize("link", STATES.values(), ids=STATES)
+@pytest.mark.parametrize(("num_micro_batches", "ascent_per"), [(1, "micro_batch"), (4, "micro_batch"), (4, "device")])
+def test_padding_alone_leaves_the_floats_of_the_state_as_they_are(link, num_micro_batches, ascent_per):
+    options = {"num_micro_batches": num_micro_batches, "weight_fn": num_valid, "axis_name": "data"}
+    estimator = optax_sam.gradient_estimator(padded_loss, link, ascent_per=ascent_per, **options)
+    step = lambda params, state, batch: estimator.value_and_grad(params, state, batch)[2]  # noqa: E731
+    state = MAPS["shard_map"](step, PARAMS, link.init(PARAMS), batch=padded([1] * SIZE))
+    after = MAPS["shard_map"](step, PARAMS, state, batch=padded([0] * SIZE))
+    floats = [[x for x in jax.tree.leaves(s) if jnp.issubdtype(x.dtype, jnp.inexact)] for s in (state, after)]
+    assert any(np.any(x) for x in floats[0])
+    assert_identical(*floats)
+    alone = optax_sam.gradient_estimator(padded_loss, link, num_micro_batches=num_micro_batches, weight_fn=num_valid)
+    _, _, after = alone.value_and_grad(PARAMS, state, padded([0] * SIZE))
+    assert_identical([x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.inexact)], floats[0])
+
+
 @every_strategy
 def test_equal_weights_of_any_type_are_no_weights(strategy):
     def estimate(**options):
@@ -141,7 +181,7 @@ def test_weights_see_the_arguments_of_the_loss_and_aux_is_weighted():
     def loss_fn(w, x, threshold, *, scale):
         return scale * jnp.mean(x) * w, {"mean": jnp.mean(x).astype(jnp.bfloat16), "first": x[0].astype(jnp.int32)}
 
-    weight_fn = lambda x, threshold: jnp.sum(x > threshold)  # noqa: E731
+    weight_fn = lambda x, threshold, *, scale: jnp.sum(x > threshold) * scale  # noqa: E731
     function = optax_sam.value_and_grad(
         loss_fn, optax.identity(), has_aux=True, num_micro_batches=2, weight_fn=weight_fn
     )
