@@ -150,7 +150,7 @@ def _way(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> str:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2))  # or a branch would be compiled in every call that is not in a jit
 def _norm(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> jax.Array:
-    first, square = (_squares_in_a_loop if way == "loop" else _squares)(leaves, axes, way)
+    first, square = _squares_in_a_loop(leaves, axes) if way == "loop" else _squares(leaves, axes, way)
     return jnp.sqrt(square) / jnp.where(_fits(first), 1, _scale_for(first))
 
 
@@ -183,11 +183,10 @@ def _squares(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> tuple
     return first, jnp.where(_fits(first), first, again())
 
 
-def _squares_in_a_loop(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> tuple[jax.Array, jax.Array]:
+def _squares_in_a_loop(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> tuple[jax.Array, jax.Array]:
     """The same, both passes one piece of code."""
-    del way
 
-    def take(scale, _none):
+    def take(scale, _):
         square = _sum_of_squares(leaves, scale, axes)
         return _scale_for(square), square
 

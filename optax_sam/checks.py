@@ -111,6 +111,16 @@ def check_floating(name: str, tree: Any, kind: type[np.inexact] = np.inexact, cu
             )
 
 
+def check_width(params: Any) -> None:
+    """Raises for params of 8 bits or less: ε of the usual size would be zero in their dtype."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if jnp.finfo(jnp.result_type(leaf)).bits < 16:
+            raise TypeError(
+                f"params must have leaves of 16 bits or more, or ε rounds to zero; got {jnp.result_type(leaf)} at "
+                f"{_place(path)}. Keep params in bfloat16 or wider, and cast them in the loss."
+            )
+
+
 def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
     """Raises unless the trees have the same structure and shapes."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(other)

@@ -23,6 +23,7 @@ from optax_sam.checks import (
     check_int,
     check_loss,
     check_state,
+    check_width,
 )
 
 
@@ -107,7 +108,7 @@ def sharpness_aware(
         check_state(state, SharpnessAwareState)
         gradient_at = _gradient_function(grad_fn, value_fn, batch, params, extra_args)
         check_floating("params", params)
-        _check_width(params)
+        check_width(params)
         _check_gradient("updates", updates, params)
         check_declared(params, updates, shards)
         gradient, ascent_state = updates, state.ascent_state
@@ -231,17 +232,6 @@ def _check_gradient(what: str, gradient: Any, params: Any) -> None:
         )
     check_alike(what, gradient, "the params", params)
     check_floating(what, gradient, cure="Pass what jax.grad(loss_fn) returns")
-
-
-def _check_width(params: Any) -> None:
-    """Raises for params of 8 bits or less: ε of the usual size would be zero in their dtype."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if jnp.finfo(jnp.result_type(leaf)).bits < 16:
-            raise TypeError(
-                f"params must have leaves of 16 bits or more, or ε rounds to zero; got {jnp.result_type(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'the only leaf'}. Keep params in bfloat16 or wider, and cast them in "
-                "the loss."
-            )
 
 
 def _is_masked(node: Any) -> bool:
