@@ -1,6 +1,6 @@
 """What a training step sends between devices: counted in the compiled program, then measured on the wire.
 
-    python benchmarks/communication.py
+    python -m benchmarks.communication
 
 1. Compiles the gradient estimate of each method for 1 to 8 CPU devices and reads its collectives, and their bytes, out
    of XLA's program.
@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import timing
 import tqdm
 from jax.sharding import AxisType, PartitionSpec
 
 import optax_sam
+from benchmarks import timing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -318,7 +318,7 @@ def main() -> None:
     print(f"\n{len(counted) - len(wrong)} of {len(counted)} compiled programs reduce what the formula says.")
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    results = {"command": " ".join(["python", *sys.argv]), **timing.environment()}
+    results = {"command": " ".join(["python", *sys.orig_argv[1:]]), **timing.environment()}
     results |= {"counted": counted, "measured": measured}
     (folder / "communication.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(counted, measured).savefig(folder / "communication.png", dpi=150)

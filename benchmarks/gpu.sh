@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -c 'import jax; jax.devices("gpu")'
-python benchmarks/step_cost.py --network transformer ResNet CNN MLP --precision float32 bfloat16 --workers "$(nproc)" --seconds 450 --name step_cost_gpu "$@"
+python -m benchmarks.step_cost --network transformer ResNet CNN MLP --precision float32 bfloat16 --workers "$(nproc)" --seconds 450 --name step_cost_gpu "$@"

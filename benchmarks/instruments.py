@@ -16,7 +16,7 @@ import optax
 
 import optax_sam
 from benchmarks import timing
-from examples import datasets, models
+from examples.training import datasets, models
 from optax_sam.sharpness import plots
 
 matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """What the library itself adds: cost against the number of params, many leaves, tracing and dispatch.
 
-python benchmarks/overhead.py
+python -m benchmarks.overhead
 """
 
 import argparse
@@ -14,14 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
-import networks
 import numpy as np
 import optax
-import step_cost
-import timing
 import tqdm
 
 import optax_sam
+from benchmarks import networks, step_cost, timing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -123,7 +121,7 @@ def main() -> None:
     print(f"\n{'step of the MLP':<30}{'ratio':>7}{'quartiles':>15}")
     for name, (median, low, high) in ratios.items():
         print(f"{name:<30}{median:>7.3f}{f'{low:.3f}-{high:.3f}':>15}")
-    results = {"command": " ".join(["python", *sys.argv]), **timing.environment()}
+    results = {"command": " ".join(["python", *sys.orig_argv[1:]]), **timing.environment()}
     results |= {"seconds_by_params": sizes, "seconds_by_leaves": leaves, "ratios_in_a_step": ratios}
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import networks
 import optax
 import optax.contrib
+
+from benchmarks import networks
 
 RHO = 0.05
 State = tuple[Any, ...]
@@ -96,7 +97,7 @@ def torch_steps(name: str, task: networks.Task, optimizer: str) -> dict[str, Cal
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
-    import torch_networks
+    from benchmarks import torch_networks
 
     torch.set_num_threads(os.cpu_count() or 1)
     inputs, labels = (torch.asarray(jax.device_get(x).copy()) for x in task.batch())

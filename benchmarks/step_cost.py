@@ -1,7 +1,7 @@
 """What a training step costs: time, compilation, FLOPs and memory of every method and of what one would pick instead.
 
-    python benchmarks/step_cost.py --name step_cost                  # all networks with SGD and AdamW: half an hour
-    python benchmarks/step_cost.py --network CNN --optimizer sgd     # one table
+    python -m benchmarks.step_cost --name step_cost                  # all networks with SGD and AdamW: half an hour
+    python -m benchmarks.step_cost --network CNN --optimizer sgd     # one table
 
 Every program is one jitted training step with donated state: gradient estimate, optimizer, update of the params. Times
 are medians over interleaved rounds, as ratios to the plain step of the same round. XLA counts the FLOPs of a loop's
@@ -23,14 +23,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import matplotlib
-import networks
 import numpy as np
 import optax
-import peers
-import timing
 import tqdm
 
 import optax_sam
+from benchmarks import networks, peers, timing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -258,7 +256,7 @@ def main() -> None:
     )
     parser.add_argument("--name", help="results go to benchmarks/results/NAME.json and .png")
     settings = parser.parse_args()
-    results = {"command": " ".join(["python", *sys.argv]), **timing.environment(), "tables": [], "left_out": []}
+    results = {"command": " ".join(["python", *sys.orig_argv[1:]]), **timing.environment(), "tables": [], "left_out": []}
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     start, longest = time.perf_counter(), 0.0

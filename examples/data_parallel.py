@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import datasets
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 import tqdm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
+from examples.training import datasets, models
 
 LINK = optax_sam.sam(rho=0.05)
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

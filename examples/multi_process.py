@@ -19,19 +19,15 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import checkpoints
-import datasets
 import jax
-import models
 import numpy as np
 import optax
-import report
 import tqdm
-import workers
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
+from examples.training import checkpoints, datasets, models, report, workers
 
 LAYOUT = ("processes", "devices_per_process", "coordinator", "rank", "start_timeout")
 PLACES = ("checkpoint_dir", "name", "folder")

@@ -16,18 +16,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import checkpoints
-import datasets
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
-import report
 import tqdm
 
 import optax_sam
+from examples.training import checkpoints, datasets, models, report
 
 # From (rho, first step of the late phase) to a link; and the rho that --rho replaces.
 METHODS = {

@@ -7,9 +7,9 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from problems import assert_close, mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
+from tests.helpers.problems import assert_close, mlp_batch, mlp_loss, mlp_params
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
 SAM, GRAD_FN = optax_sam.sam(0.1), jax.grad(mlp_loss)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close
 
 import optax_sam
+from tests.helpers.problems import assert_close
 
 ASCENTS = {
     "normalized": optax_sam.normalized_ascent,

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params, split
 
 import optax_sam
+from tests.helpers.problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params, split
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
 GRAD_FN = jax.grad(mlp_loss)

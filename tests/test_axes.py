@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from places import BATCH, DEVICES, GRAD_FN, MAPS, PARAMS, PLACES, RHO, every_map, own, own_gradient
-from problems import assert_close, assert_identical, mlp_batch, mlp_loss, split
-from registry import every_member
 
 import optax_sam
+from tests.helpers.places import BATCH, DEVICES, GRAD_FN, MAPS, PARAMS, PLACES, RHO, every_map, own, own_gradient
+from tests.helpers.problems import assert_close, assert_identical, mlp_batch, mlp_loss, split
+from tests.helpers.registry import every_member
 
 # What cannot be right is refused.
 

@@ -13,8 +13,18 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from problems import assert_close, assert_identical, clean_gradient, mlp_batch, mlp_loss, mlp_params, training_step
-from registry import (
+
+import optax_sam
+from tests.helpers.problems import (
+    assert_close,
+    assert_identical,
+    clean_gradient,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    training_step,
+)
+from tests.helpers.registry import (
     COMBINATORS,
     MEMBERS,
     MICRO_BATCHES,
@@ -26,8 +36,6 @@ from registry import (
     optimizer,
     plain_gradients_by_step,
 )
-
-import optax_sam
 
 every_combinator = pytest.mark.parametrize("combine", COMBINATORS.values(), ids=COMBINATORS)
 SCHEDULE = optax.linear_schedule(0.1, 0.2, 3)

@@ -4,13 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import networks
 import optax
-import overhead
 import pytest
-import step_cost
 
 import optax_sam
+from benchmarks import networks, overhead, step_cost
 
 TASK = networks.Task(networks.Transformer(width=256, layers=2), (32, 8))
 OPTIMIZER = optax.adamw(1e-3)

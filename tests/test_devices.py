@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from places import BATCH, DEVICES, GRAD_FN, PARAMS, PLACES, RHO, every_map, own, own_gradient
-from problems import assert_close, cnn_batch, cnn_loss, cnn_params, mlp_loss, split
 
 import optax_sam
+from tests.helpers.places import BATCH, DEVICES, GRAD_FN, PARAMS, PLACES, RHO, every_map, own, own_gradient
+from tests.helpers.problems import assert_close, cnn_batch, cnn_loss, cnn_params, mlp_loss, split
 
 STEPS = 2
 LEARNING_RATE, MOMENTUM = 0.1, 0.9

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import (
+
+import optax_sam
+from tests.helpers.problems import (
     GradientCounter,
     assert_close,
     assert_identical,
@@ -17,8 +19,6 @@ from problems import (
     mlp_params,
     split,
 )
-
-import optax_sam
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
 STRATEGIES = ["vmap", "scan", "unroll", "auto"]

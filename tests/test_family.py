@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import (
+
+import optax_sam
+from tests.helpers.problems import (
     GradientCounter,
     assert_close,
     assert_identical,
@@ -23,7 +25,7 @@ from problems import (
     split,
     training_step,
 )
-from registry import (
+from tests.helpers.registry import (
     MEMBERS,
     MICRO_BATCHES,
     RHO,
@@ -34,8 +36,6 @@ from registry import (
     optimizer,
     plain_gradients_by_step,
 )
-
-import optax_sam
 
 
 def mean_over_micro_batches(stacked):

@@ -10,7 +10,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from measuring import (
+
+import optax_sam
+from optax_sam import Measurements, measured, measurements
+from tests.helpers.measuring import (
     BATCH,
     LINKS,
     PARAMS,
@@ -23,7 +26,7 @@ from measuring import (
     mean_of_what_happens,
     what_happens,
 )
-from problems import (
+from tests.helpers.problems import (
     GradientCounter,
     assert_close,
     assert_identical,
@@ -35,9 +38,6 @@ from problems import (
     mlp_params,
     split,
 )
-
-import optax_sam
-from optax_sam import Measurements, measured, measurements
 
 
 def test_sam_on_a_quadratic_by_hand():

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from measuring import (
+
+import optax_sam
+from optax_sam import measured, measurements
+from tests.helpers.measuring import (
     BATCH,
     LINKS,
     PARAMS,
@@ -15,14 +18,11 @@ from measuring import (
     mean_of_what_happens,
     what_happens,
 )
-from places import DEVICES, MAPS, PLACES, every_map, own
-from problems import (
+from tests.helpers.places import DEVICES, MAPS, PLACES, every_map, own
+from tests.helpers.problems import (
     assert_close,
     mlp_loss,
 )
-
-import optax_sam
-from optax_sam import measured, measurements
 
 
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "device", "batch"])

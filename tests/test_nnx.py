@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from problems import assert_close, assert_identical
 
 import optax_sam
+from tests.helpers.problems import assert_close, assert_identical
 
 BATCH = {"x": jax.random.normal(jax.random.key(0), (16, 3)), "y": jnp.linspace(-1, 1, 16)[:, None]}
 

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from problems import assert_close
 
 import optax_sam
 from optax_sam import _norms
+from tests.helpers.problems import assert_close
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "gpu"], indirect=True)
 SIZES = pytest.mark.parametrize("scale", [1e-36, 1e-18, 1e-9, 1e-8, 1.0, 1e4, 1e9, 1e18, 1e19, 1e37])

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import references
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import assert_identical
-from registry import MEMBERS, RHO, SWITCH, every_member
 
 import optax_sam
 from optax_sam.micro_batches import mean_over_micro_batches
+from tests.helpers import references
+from tests.helpers.problems import assert_identical
+from tests.helpers.registry import MEMBERS, RHO, SWITCH, every_member
 
 STEPS, START = 50, 20  # of the comparison with NumPy, and its switch
 BALL = functools.partial(optax.projections.projection_l2_ball, scale=0.12)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
+from tests.helpers.problems import assert_close, mlp_batch, mlp_loss, mlp_params
 
 
 def scaled_by(factor):

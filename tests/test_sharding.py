@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from communication import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import assert_close, training_step
 
 import optax_sam
+from benchmarks.communication import collectives
+from tests.helpers.problems import assert_close, training_step
 
 DEVICES = 8
 WIDTH = 64

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from problems import (
+
+import optax_sam
+from tests.helpers.problems import (
     BATCH_SIZE,
     GradientCounter,
     assert_close,
@@ -16,8 +18,6 @@ from problems import (
     mlp_params,
     training_step,
 )
-
-import optax_sam
 
 LAST = np.iinfo(np.int32).max
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import (
+
+import optax_sam
+from tests.helpers.problems import (
     GradientCounter,
     assert_close,
     assert_identical,
@@ -19,8 +21,6 @@ from problems import (
     mlp_params,
     training_step,
 )
-
-import optax_sam
 
 PROJECTION = functools.partial(optax.projections.projection_l2_ball, scale=0.25)
 

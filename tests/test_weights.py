@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from places import DEVICES, MAPS, every_map
-from problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params
-from registry import every_member
 
 import optax_sam
+from tests.helpers.places import DEVICES, MAPS, every_map
+from tests.helpers.problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params
+from tests.helpers.registry import every_member
 
 RHO, SIZE = 0.2, 32
 PARAMS, BATCH = mlp_params(), mlp_batch(size=SIZE)

@@ -30,7 +30,7 @@ from benchmarks.papers import late_phase_report as report
 from benchmarks.papers import late_phase_toys as toys
 from benchmarks.papers import training
 from benchmarks.papers.reproduction import Reproduction
-from examples import datasets, models
+from examples.training import datasets, models
 
 LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, RHO = 0.1, 1e-4, 0.1, 0.1
 BATCH_SIZE = 128

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.papers.reproduction import HOLDS, UNDECIDED, Claim, joint_verdict, paired_verdict, spread, verdict
-from examples.report import COLORS
+from examples.training.report import COLORS
 
 LATE, EARLY, RESTARTED = COLORS["late_sam"], COLORS["asam"], COLORS["stable_sam"]
 CLAIMED = ("late-0.9", "late-0.75", "restarted-0.75", "early-0.75")

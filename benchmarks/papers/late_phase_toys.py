@@ -13,7 +13,7 @@ import optax_sam
 from benchmarks.papers import training
 from benchmarks.papers.descent import descend
 from benchmarks.papers.reproduction import rounded
-from examples import datasets, models
+from examples.training import datasets, models
 
 VALLEY_RATE, VALLEY_RHO, VALLEY_START, VALLEY_SWITCH, VALLEY_STEPS = 0.4, 0.2, (2.0, 1e-3), 10, 60
 LEARNING_RATE, MOMENTUM, BATCH_SIZE = 0.1, 0.9, 128  # on digits

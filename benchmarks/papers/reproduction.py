@@ -18,8 +18,8 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from benchmarks import timing
-from examples import checkpoints
-from examples.report import finite
+from examples.training import checkpoints
+from examples.training.report import finite
 
 matplotlib.use("Agg")
 

@@ -25,7 +25,7 @@ import optax
 
 from benchmarks.papers import training
 from benchmarks.papers.reproduction import Reproduction
-from examples import datasets
+from examples.training import datasets
 
 LENGTH, BATCH_SIZE, NUM_TEST = 48, 32, 1_000
 PADDING = 0  # the id of the token [PAD]

@@ -15,7 +15,7 @@ import tqdm
 
 import optax_sam
 from benchmarks.papers.reproduction import Reproduction
-from examples import checkpoints, datasets, models
+from examples.training import checkpoints, datasets, models
 
 EVALUATION_BATCH = 1_000
 HESSIAN_EXAMPLES, HESSIAN_BATCH, HESSIAN_RTOL = 2_000, 500, 1e-2

@@ -25,7 +25,7 @@ from benchmarks.papers import training
 from benchmarks.papers import understanding_report as report
 from benchmarks.papers import understanding_toys as toys
 from benchmarks.papers.reproduction import Reproduction
-from examples import datasets
+from examples.training import datasets
 
 NUM_IMAGES, EPOCHS, SEEDS, LEARNING_RATE, RHO = 5_000, 16, (0, 1, 2), 0.1, 0.1
 PER_ASCENT = (128, 32, 8)  # examples

@@ -10,7 +10,7 @@ import optax
 import tqdm
 
 import optax_sam
-from examples.report import finite
+from examples.training.report import finite
 
 # The diagonal linear network: β = u ⊙ v from few examples of a sparse β.
 EXAMPLES, TEST_EXAMPLES, DIMENSION, NONZEROS, STEPS = 20, 1_000, 30, 3, 10_001

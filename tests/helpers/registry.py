@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from problems import clean_gradient, mlp_batch, mlp_loss, mlp_params, split
 
 import optax_sam
+from tests.helpers.problems import clean_gradient, mlp_batch, mlp_loss, mlp_params, split
 
 MICRO_BATCHES = 4
 SWITCH = 2

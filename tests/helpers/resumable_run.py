@@ -6,14 +6,14 @@ import pathlib
 import signal
 from typing import Any
 
-import checkpoints
 import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import GradientCounter, mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
+from examples.training import checkpoints
+from tests.helpers.problems import GradientCounter, mlp_batch, mlp_loss, mlp_params
 
 STEPS, START, MICRO_BATCHES, BATCH_SIZE = 12, 6, 4, 16
 RHO = optax.linear_schedule(0.05, 0.2, STEPS - START)

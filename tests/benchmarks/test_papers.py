@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.papers.__main__ import PAPERS, table
 from benchmarks.papers.reproduction import Reproduction, interval, joint_verdict, paired_verdict, spread
-from examples.report import finite
+from examples.training.report import finite
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -18,7 +18,7 @@ import pytest
 
 import optax_sam
 from benchmarks.papers import text, training
-from examples import datasets
+from examples.training import datasets
 
 SIZES = {"vocabulary": 32, "max_length": 16, "num_layers": 2, "width": 16, "num_heads": 4, "hidden_width": 24}
 SENTENCES = ["a fine film", "a fine film", "a dull film", "neither", "fine fine fine fine fine fine fine", "dull"]

@@ -6,7 +6,8 @@ A place runs ``function(*replicated, batch)`` with the batch spread over the dev
 import jax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import mlp_batch, mlp_loss, mlp_params, split
+
+from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params, split
 
 DEVICES = 8
 RHO = 0.2

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, mlp_batch, mlp_loss, mlp_params, split
 
 import optax_sam
 from optax_sam import Measurements
+from tests.helpers.problems import assert_close, mlp_batch, mlp_loss, mlp_params, split
 
 RHO = 0.2
 PARAMS, BATCH = mlp_params(), mlp_batch(size=32)

@@ -13,16 +13,15 @@ import time
 import urllib.error
 import urllib.request
 
-import checkpoints
-import datasets
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
-import train
 
-TRAIN = pathlib.Path(__file__).parents[1] / "examples" / "train.py"
+from examples import train
+from examples.training import checkpoints, datasets, models
+
+TRAIN = pathlib.Path(__file__).parents[2] / "examples" / "train.py"
 SMOKE = ["--epochs", "4", "--seeds", "1", "--switch-at", "2", "--batch-size", "256"]
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
 from optax_sam.sharpness.rise import _worst_rise
+from tests.helpers.problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
 
 ONE = [jnp.ones(1)]
 EXAMPLES, SHARDS = mlp_batch(size=32), 4

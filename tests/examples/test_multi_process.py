@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 
-import multi_process
 import pytest
+
+from examples import multi_process
 
 PROGRAM = pathlib.Path(multi_process.__file__)
 SMOKE = ["--epochs", "8", "--switch-at", "4", "--batch-size", "64", "--micro-batches", "4", "--name", "smoke"]

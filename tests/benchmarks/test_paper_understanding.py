@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.papers import understanding
 from benchmarks.papers import understanding_toys as toys
-from examples import datasets
+from examples.training import datasets
 
 
 @pytest.mark.parametrize("name", ["n-SAM", "1-SAM", "figure n-SAM", "figure 1-SAM"])

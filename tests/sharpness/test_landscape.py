@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
+from tests.helpers.problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
 
 ONE = [jnp.ones(1)]
 BATCHES = [jax.tree.map(lambda x, s=s: x[s], mlp_batch(size=32)) for s in (slice(0, 20), slice(20, 32))]

@@ -5,11 +5,11 @@ import collections
 import jax
 import jax.numpy as jnp
 import pytest
-from communication import METHODS, Collective, collectives, compiled, make_params, reduced_bytes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
+from benchmarks.communication import METHODS, Collective, collectives, compiled, make_params, reduced_bytes
+from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
 
 DEVICES, WIDTH = 8, 33
 SIZE = sum(leaf.size for leaf in make_params(WIDTH).values())

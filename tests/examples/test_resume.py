@@ -11,24 +11,23 @@ import signal
 import subprocess
 import sys
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import resumable_run
-from problems import assert_close, assert_identical
-from resumable_run import START, STEPS, gradients_before
 
-PROGRAM, CHECKPOINTS = pathlib.Path(resumable_run.__file__), pathlib.Path(checkpoints.__file__)
+from examples.training import checkpoints
+from tests.helpers.problems import assert_close, assert_identical
+from tests.helpers.resumable_run import START, STEPS, gradients_before
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(folder, *arguments, status=0):
     """A process that trains in a folder: the step from which it went on, and what it executed if it was not killed."""
     folder.mkdir(exist_ok=True)
-    path = os.pathsep.join(map(str, (PROGRAM.parents[1], PROGRAM.parent, CHECKPOINTS.parent)))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    command = [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.helpers.resumable_run", str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == status, done.stderr
     return [int(number) for number in re.findall(r"\d+", done.stdout)]

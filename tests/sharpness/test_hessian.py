@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
 
 import optax_sam
 from optax_sam.sharpness.lanczos import BLOCK, projections, random_vectors
+from tests.helpers.problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
 
 EXAMPLES = mlp_batch(size=28)
 BATCHES = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], EXAMPLES) for i in range(4)]  # the last one of 4
