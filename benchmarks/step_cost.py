@@ -120,7 +120,7 @@ def convolutions_as_traced() -> Iterator[None]:
     same = lambda function: function  # noqa: E731
     with (
         mock.patch("optax_sam.switching.canonicalized", same),
-        mock.patch("optax_sam.micro_batches.canonicalized", same),
+        mock.patch("optax_sam._means.canonicalized", same),
     ):
         yield
 
@@ -256,7 +256,12 @@ def main() -> None:
     )
     parser.add_argument("--name", help="results go to benchmarks/results/NAME.json and .png")
     settings = parser.parse_args()
-    results = {"command": " ".join(["python", *sys.orig_argv[1:]]), **timing.environment(), "tables": [], "left_out": []}
+    results = {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        **timing.environment(),
+        "tables": [],
+        "left_out": [],
+    }
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     start, longest = time.perf_counter(), 0.0

@@ -5,6 +5,7 @@ from optax_sam.ascent import AscentState, adaptive_ascent, normalized_ascent, un
 from optax_sam.averaging import micro_batched
 from optax_sam.estimator import GradientEstimator, gradient_estimator, value_and_grad
 from optax_sam.family import asam, late, msam, sam, stable_sam, usam
+from optax_sam.link import SharpnessAwareState, sharpness_aware
 from optax_sam.measurement import MeasuredState, Measurements, measured, measurements
 from optax_sam.renormalization import renormalized
 from optax_sam.sharding import sharded
@@ -18,7 +19,6 @@ from optax_sam.sharpness import (
     spectral_density,
 )
 from optax_sam.switching import SwitchState, switch_at, switch_by
-from optax_sam.transform import SharpnessAwareState, sharpness_aware
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.axes import Declared, axes_of_leaves, vary, varying_axes
-from optax_sam.checks import check_alike, is_float
+from optax_sam._axes import Declared, axes_of_leaves, vary, varying_axes
+from optax_sam._checks import check_alike, is_float
 
 Axes = tuple[str, ...]
 

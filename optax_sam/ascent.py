@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._axes import Declared
+from optax_sam._checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, check_state
 from optax_sam._norms import at_length, norm, scaled, widen
-from optax_sam.axes import Declared
-from optax_sam.checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, check_state
 
 
 class AscentState(NamedTuple):

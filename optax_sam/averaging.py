@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_sam._axes import AxisNames, as_axes, is_checked, note_average, vary, varying_axes
+from optax_sam._checks import as_link, is_float
 from optax_sam._norms import widen
-from optax_sam.axes import AxisNames, as_axes, is_checked, note_average, vary, varying_axes
-from optax_sam.checks import as_link, is_float
 
 
 def micro_batched(

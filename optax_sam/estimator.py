@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
-from optax_sam.axes import AxisNames, as_axes, check_mapped, communicates, vary
-from optax_sam.checks import (
+from optax_sam._axes import AxisNames, as_axes, check_mapped, communicates, vary
+from optax_sam._checks import (
     as_link,
     check_arrays,
     check_choice,
@@ -29,15 +28,16 @@ from optax_sam.checks import (
     check_real,
     is_float,
 )
-from optax_sam.micro_batches import (
+from optax_sam._means import (
     STRATEGIES,
     check_batch,
     check_divisible,
     mean_over_micro_batches,
     weights_of_micro_batches,
 )
+from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
+from optax_sam.link import check_same_members, conjugated
 from optax_sam.sharding import mesh_axes_of_examples, num_devices, on_each_device
-from optax_sam.transform import check_same_members, conjugated
 
 ASCENTS_PER = ("micro_batch", "device", "batch")
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_sam._axes import AxisNames
+from optax_sam._checks import as_link, check_int, check_mask, spread_mask
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
-from optax_sam.axes import AxisNames
-from optax_sam.checks import as_link, check_int, check_mask, spread_mask
+from optax_sam.link import sharpness_aware
 from optax_sam.renormalization import renormalized
 from optax_sam.switching import switch_at
-from optax_sam.transform import sharpness_aware
 
 Mask = Any | Callable[[optax.Params], Any]
 

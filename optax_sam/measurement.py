@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import get_opaque_trace_state
 
+from optax_sam._axes import Declared, check_declared, noting_averages, varying_axes
+from optax_sam._checks import as_link, check_function, check_loss, check_pair, check_state
 from optax_sam._norms import at_length, norm, wide, widen
-from optax_sam.axes import Declared, check_declared, noting_averages, varying_axes
-from optax_sam.checks import as_link, check_function, check_loss, check_pair, check_state
+from optax_sam.link import check_not_averaged, check_same_members, conjugated, returning_loss
 from optax_sam.switching import Switch, SwitchState
-from optax_sam.transform import check_not_averaged, check_same_members, conjugated, returning_loss
 
 
 class Measurements(NamedTuple):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._axes import check_declared, noting_averages
+from optax_sam._checks import as_link, check_nonnegative
 from optax_sam._norms import at_length, norm
-from optax_sam.axes import check_declared, noting_averages
-from optax_sam.checks import as_link, check_nonnegative
 
 
 def renormalized(

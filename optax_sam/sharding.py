@@ -11,8 +11,8 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from optax_sam.axes import AxisNames, Shards, as_axes
-from optax_sam.checks import as_link, check_mask
+from optax_sam._axes import AxisNames, Shards, as_axes
+from optax_sam._checks import as_link, check_mask
 
 
 def sharded(

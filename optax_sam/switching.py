@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_sam.axes import differs_between_members, noting_averages, vary, varying_axes
-from optax_sam.checks import as_link, check_function, check_state, is_float
-from optax_sam.convolution import canonicalized
+from optax_sam._axes import differs_between_members, noting_averages, vary, varying_axes
+from optax_sam._checks import as_link, check_function, check_state, is_float
+from optax_sam._convolution import canonicalized
 
 
 class SwitchState(NamedTuple):

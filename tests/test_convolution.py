@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_sam
-from optax_sam.convolution import canonicalized
+from optax_sam._convolution import canonicalized
 
 CASES = {
     "plain": {},

@@ -53,7 +53,7 @@ def test_renormalization_costs_norms():
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
 def test_memory_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy, ascent_per, num_micro_batches):
-    monkeypatch.setattr(optax_sam.micro_batches, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
+    monkeypatch.setattr(optax_sam._means, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
     options = {"strategy": strategy, "ascent_per": ascent_per}
     here = temporary(SAM, num_micro_batches=num_micro_batches, **options)
     assert here <= temporary(PLAIN) + 3
@@ -62,7 +62,7 @@ def test_memory_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy
 
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
 def test_program_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy):
-    monkeypatch.setattr(optax_sam.micro_batches, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
+    monkeypatch.setattr(optax_sam._means, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
 
     def num_instructions(num_micro_batches):
         return compiled(SAM, strategy=strategy, num_micro_batches=num_micro_batches).as_text().count(" = ")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.checks import check_int, check_nonnegative, check_positive
+from optax_sam._checks import check_int, check_nonnegative, check_positive
 from optax_sam.sharpness.lanczos import NOT_FINITE_MESSAGE, inner_product, projections, random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.checks import check_alike, check_positive
+from optax_sam._checks import check_alike, check_positive
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import LossFn, as_positions, keys_of, loss_of_sum, means_over, on_host
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_sam.checks import check_positive
+from optax_sam._checks import check_positive
 from optax_sam.sharpness.hessian import Eigenvalues, SpectralDensity
 from optax_sam.sharpness.landscape import Line, Surface
 

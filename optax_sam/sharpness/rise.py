@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam._axes import varying_axes
+from optax_sam._checks import check_int, check_nonnegative
+from optax_sam._convolution import canonicalized
+from optax_sam._means import check_batch, mean_over_micro_batches
 from optax_sam.ascent import normalized_ascent
-from optax_sam.axes import varying_axes
-from optax_sam.checks import check_int, check_nonnegative
-from optax_sam.convolution import canonicalized
-from optax_sam.micro_batches import check_batch, mean_over_micro_batches
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_sam._checks import check_choice, check_floating, check_function, check_loss, is_real
 from optax_sam._norms import widen
 from optax_sam.averaging import leading_size
-from optax_sam.checks import check_choice, check_floating, check_function, check_loss, is_real
 
 LossFn = Callable[[Any, Any], jax.Array]
 

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr, subjaxprs
 from jax.extend.core.primitives import axis_index_p
 
-from optax_sam.checks import spread_mask
+from optax_sam._checks import spread_mask
 
 AxisNames = str | Sequence[str]
 STAYING = ("axis_index", "pvary", "pcast")  # primitives that name an axis and send nothing over it

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam._rounding import rounded_sum
-from optax_sam.axes import check_declared, vary, varying_axes
-from optax_sam.checks import (
+from optax_sam._axes import check_declared, vary, varying_axes
+from optax_sam._checks import (
     NO_PARAMS_MESSAGE,
     as_link,
     check_alike,
@@ -25,6 +24,7 @@ from optax_sam.checks import (
     check_state,
     check_width,
 )
+from optax_sam._rounding import rounded_sum
 
 
 class SharpnessAwareState(NamedTuple):

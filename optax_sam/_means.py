@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_sam._axes import vary, varying_axes
+from optax_sam._checks import is_float
+from optax_sam._convolution import canonicalized
 from optax_sam._norms import widen
 from optax_sam.averaging import leading_size, mean_of_stack, shares_of, weighted
-from optax_sam.axes import vary, varying_axes
-from optax_sam.checks import is_float
-from optax_sam.convolution import canonicalized
 from optax_sam.sharding import axes_in, num_devices
 
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
