@@ -202,14 +202,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """For the README."""
+    """For ``benchmarks/README.md``."""
     lines = [HEADER, ["---"] * len(HEADER), *map(cells, rows)]
     return "\n".join("| " + " | ".join(line).replace("<", "&lt;") + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", action="store_true", help="print the rows as the README has them")
+    parser.add_argument("--markdown", action="store_true", help="print the rows as benchmarks/README.md has them")
     as_markdown = parser.parse_args().markdown
     rows = compare()
     print(markdown(rows) if as_markdown else table(rows))

@@ -33,7 +33,7 @@ import tqdm
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "optax_sam"
-COPIED = ("optax_sam", "tests", "benchmarks", "examples", "README.md", "pyproject.toml")
+COPIED = ("optax_sam", "tests", "benchmarks", "examples", "README.md", "CHANGELOG.md", "pyproject.toml")
 OTHERS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,

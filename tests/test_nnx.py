@@ -1,4 +1,4 @@
-"""Models of Flax NNX by the README's recipe: one dropout mask for both passes, statistics of the clean one."""
+"""Flax NNX by the recipe of ``examples/README.md``: one dropout mask for both passes, statistics of the clean one."""
 
 import functools
 
@@ -35,7 +35,7 @@ def split_model(seed=0):
 
 
 def recipe(graphdef, rest, masks=None):
-    """``loss_fn(params, batch)`` → loss and the new rest, as in the README; ``masks`` collects what dropout leaves."""
+    """``loss_fn(params, batch)`` → loss and the new rest, as in the recipe; ``masks`` collects what dropout leaves."""
 
     def loss_fn(params, batch):
         model = nnx.merge(graphdef, params, rest, copy=True)

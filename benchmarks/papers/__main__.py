@@ -1,4 +1,7 @@
-"""The claims of all papers with what we measured, as the table of the README: ``python -m benchmarks.papers``."""
+"""The claims of all papers with what we measured, as the README of this folder shows them.
+
+python -m benchmarks.papers
+"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The reproductions of the papers: every script at its smoke size, and the README's table of claims."""
+"""The reproductions of the papers: every script at its smoke size, and the table of claims of their README."""
 
 import importlib
 import json
@@ -11,6 +11,7 @@ from benchmarks.papers.reproduction import Reproduction, interval, joint_verdict
 from examples.training.report import finite
 
 ROOT = pathlib.Path(__file__).parents[2]
+PAGE = ROOT / "benchmarks/papers/README.md"
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -29,14 +30,14 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
 
 
 def test_readme_shows_the_claims_as_they_were_measured():
-    assert table() in (ROOT / "README.md").read_text()
+    assert table() in PAGE.read_text(encoding="utf-8")
 
 
 def test_figures_of_the_readme_are_there():
-    readme = (ROOT / "README.md").read_text()
+    readme = PAGE.read_text(encoding="utf-8")
     for name in PAPERS:
-        shown = f"benchmarks/results/{name}.png"
-        assert (shown in readme) == (ROOT / shown).exists() == (ROOT / shown).with_suffix(".json").exists()
+        figure = ROOT / f"benchmarks/results/{name}.png"
+        assert (f"](../results/{name}.png)" in readme) == figure.exists() == figure.with_suffix(".json").exists()
 
 
 def test_verdicts_follow_the_interval_over_seeds():
