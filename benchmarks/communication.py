@@ -32,6 +32,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import optax_sam
 from benchmarks import timing
+from optax_sam.estimator import AscentPer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -111,7 +112,7 @@ class Method(NamedTuple):
     """
 
     link: optax.GradientTransformationExtraArgs
-    ascent_per: str = "micro_batch"
+    ascent_per: AscentPer = "micro_batch"
     num_micro_batches: int = 1
     branch: int = 0
     rounds: int = 1

@@ -1,23 +1,39 @@
 """Axes: what varies over which mapped axis, and what that means for norms and for averages.
 
 A mapped axis is one of ``jax.pmap``, ``jax.shard_map`` or ``jax.vmap`` with an axis name. Only ``shard_map`` with
-``check_vma=True`` knows what varies over it.
+``check_vma=True`` knows what varies over it; the checks here read that, and elsewhere they pass.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
-from jax.extend.core import Jaxpr, subjaxprs
 from jax.extend.core.primitives import axis_index_p
 
 from optax_sam._checks import spread_mask
+from optax_sam._jaxpr import equations
 
 AxisNames = str | Sequence[str]
+Axes = tuple[str, ...]
 STAYING = ("axis_index", "pvary", "pcast")  # primitives that name an axis and send nothing over it
+
+
+def as_axes(axis_name: Any) -> Axes:
+    """The names in axis_name, which is one of them or several."""
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(axes, Sequence) or not axes or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"axis_name must be the name of an axis, or a tuple of names; got {axis_name!r}.")
+    return tuple(axes)
+
+
+def is_mapped(axis: str) -> bool:
+    """Whether the axis is that of a map around this call."""
+    try:
+        jax.lax.axis_index(axis)
+    except NameError:
+        return False
+    return True
 
 
 def varying_axes(*trees: Any) -> frozenset[str]:
@@ -25,21 +41,9 @@ def varying_axes(*trees: Any) -> frozenset[str]:
     return frozenset[str]().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(trees)))
 
 
-def check_mapped(axes: Sequence[str]) -> None:
-    """Raises unless all axes are mapped ones."""
-    for axis in axes:
-        try:
-            jax.lax.axis_index(axis)
-        except NameError as error:
-            raise ValueError(
-                f"axis_name={axis!r} is not a mapped axis here. Call this under jax.pmap, jax.shard_map or jax.vmap "
-                "with that axis name, or leave axis_name out."
-            ) from error
-
-
 def is_checked(axes: Sequence[str]) -> bool:
     """Whether the axes belong to a ``shard_map`` that tracks what varies over them (``check_vma=True``)."""
-    check_mapped(axes)
+    # Nothing else tells: a value that varies over no axis looks the same whether JAX tracks it or not.
     return varying_axes(jax.lax.axis_index(axes)).issuperset(axes)
 
 
@@ -50,44 +54,25 @@ def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
 
 
 def differs_between_members(result: jax.Array, function: Callable[..., Any], *args: jax.Array) -> bool:
-    """Whether ``result = function(*args)`` differs between members of a mapped axis, given that the arguments do not.
-
-    Where nothing is tracked: whether the function asks for its place on the axis.
-    """
-
-    def reads_index(jaxpr: Jaxpr) -> bool:
-        here = (eqn.params["axis_name"] for eqn in jaxpr.eqns if eqn.primitive is axis_index_p)
-        return any(not is_checked(as_axes(axes)) for axes in here) or any(map(reads_index, subjaxprs(jaxpr)))
-
-    untracked = isinstance(result, Tracer) and not varying_axes(result)
-    return reads_index(jax.make_jaxpr(function)(*args).jaxpr) if untracked else bool(varying_axes(result))
+    """Whether ``result = function(*args)`` differs between members of a mapped axis, its arguments being alike."""
+    if varying_axes(result) or not isinstance(result, Tracer):
+        return bool(varying_axes(result))
+    # Where nothing is tracked, only the function can tell: does it ask for its place on an axis?
+    places = (eqn.params["axis_name"] for eqn in equations(jax.make_jaxpr(function)(*args).jaxpr, axis_index_p))
+    return any(not is_checked(as_axes(axes)) for axes in places)
 
 
 def communicates(function: Callable[..., Any], axes: Iterable[str], *args: Any) -> bool:
     """Whether the function moves data between the members of one of the mapped axes."""
-
-    def does(jaxpr: Jaxpr) -> bool:
-        for eqn in jaxpr.eqns:
-            names = [name for key in ("axes", "axis_name") for name in _as_names(eqn.params.get(key, ()))]
-            if set(names) & set(axes) and eqn.primitive.name not in STAYING:
-                return True
-        return any(map(does, subjaxprs(jaxpr)))
-
-    return does(jax.make_jaxpr(function)(*args).jaxpr)
+    for eqn in equations(jax.make_jaxpr(function)(*args).jaxpr):
+        names = [name for key in ("axes", "axis_name") for name in _as_names(eqn.params.get(key, ()))]
+        if set(names) & set(axes) and eqn.primitive.name not in STAYING:
+            return True
+    return False
 
 
 def _as_names(names: Any) -> tuple[Any, ...]:
     return tuple(names) if isinstance(names, (tuple, list, set, frozenset)) else (names,)
-
-
-def as_axes(axis_name: Any) -> tuple[str, ...]:
-    """The names in axis_name, which is one of them or several."""
-    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(axes, Sequence) or not axes or not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(f"axis_name must be the name of a mapped axis, or a tuple of names; got {axis_name!r}.")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis_name must hold each name once; got {axis_name!r}.")
-    return tuple(axes)
 
 
 class Shards(NamedTuple):
@@ -98,18 +83,17 @@ class Shards(NamedTuple):
         mask: which leaves are; None: those that ``shard_map`` knows to vary.
     """
 
-    axes: tuple[str, ...]
+    axes: Axes
     mask: Any = None
 
-    def axes_of_leaves(self, tree: Any) -> list[tuple[str, ...]]:
+    def axes_of_leaves(self, tree: Any) -> list[Axes]:
         """The axes over which each leaf is sharded."""
         if self.mask is not None:
             return [self.axes if chosen else () for chosen in jax.tree.leaves(spread_mask(self.mask, tree))]
         if not is_checked(self.axes):
             raise ValueError(
-                f"sharded(link, {self.axes}): which leaves are sharded is only known under shard_map with "
-                "check_vma=True. Pass `mask`, a tree of booleans with the structure of the params, True where sharded; "
-                "then the gradients must be right too, which with collectives in the loss they are not."
+                f"sharded(link, {self.axes}): only shard_map with check_vma=True tells which leaves are sharded. Pass "
+                "`mask`, and keep collectives out of the loss: JAX's gradients through them are too large here."
             )
         return [tuple(axis for axis in self.axes if axis in varying_axes(leaf)) for leaf in jax.tree.leaves(tree)]
 
@@ -117,59 +101,51 @@ class Shards(NamedTuple):
 Declared = tuple[Shards, ...]
 
 
-def axes_of_leaves(tree: Any, declared: Declared) -> list[tuple[str, ...]]:
+def axes_of_leaves(tree: Any, declared: Declared) -> list[Axes]:
     """The mapped axes over which each leaf is sharded."""
-    if not isinstance(declared, tuple) or not all(isinstance(shards, Shards) for shards in declared):
-        raise TypeError(
-            f"shards must be what `sharded(link, axis_name)` hands to the update of link; got {declared!r}."
-        )
-    found = [[] for _ in jax.tree.leaves(tree)]
+    found = [()] * len(jax.tree.leaves(tree))
     for shards in declared:
-        for axes, more in zip(found, shards.axes_of_leaves(tree), strict=True):
-            axes += [axis for axis in more if axis not in axes]
-    return [tuple(axes) for axes in found]
+        found = [union(axes, more) for axes, more in zip(found, shards.axes_of_leaves(tree), strict=True)]
+    return found
+
+
+def union(axes: Axes, more: Axes) -> Axes:
+    """Each name once, in order: equal sets are equal tuples, and a leaf is summed over an axis once."""
+    return tuple(dict.fromkeys((*axes, *more)))
+
+
+def check_unvarying(params: Any, axes: Iterable[str]) -> None:
+    """Raises if params are known to vary over one of the axes: norms and averages would be those of one member."""
+    for axis in sorted(varying_axes(params) & set(axes)):
+        raise ValueError(
+            f"The params vary over the mapped axis {axis!r}. If they are its shards, average in the loss and use "
+            f"`sharded(link, {axis!r})`, for a network on each member with mask=False; else pass them without pcast."
+        )
 
 
 def check_declared(params: Any, gradient: Any, declared: Declared) -> None:
-    """Raises if params vary over a mapped axis that was not declared: norms could be wrong."""
-    for axis in sorted(varying_axes(params) - {axis for shards in declared for axis in shards.axes}):
+    """Raises if params vary over an undeclared axis, or do not vary where their gradient does."""
+    axes = {axis for shards in declared for axis in shards.axes}
+    check_unvarying(params, varying_axes(params) - axes)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(gradient), strict=False) if declared else ()
+    for axis in sorted({axis for w, g in pairs for axis in varying_axes(g) & axes - varying_axes(w)}):
         raise ValueError(
-            f"The params vary over the mapped axis {axis!r}. If they are sharded over it, norms must be summed over "
-            f"it: `sharded(link, {axis!r})`. If they are replicated and were marked by jax.lax.pcast, pass the "
-            f"unmarked params. If each member has a network of its own: `sharded(link, {axis!r}, mask=False)`."
+            f"sharded(link, {axis!r}): a gradient varies over {axis!r} and its param does not, so it is part of a sum. "
+            "An axis holds shards of the params or micro-batches, not both."
         )
-    if params is None or not declared:
-        return
-    for param, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(gradient), strict=True):
-        for shards in declared:
-            for axis in sorted(varying_axes(leaf) & set(shards.axes) - varying_axes(param)):
-                raise ValueError(
-                    f"sharded(link, {axis!r}): a gradient varies over {axis!r} and its param does not, so it is a part "
-                    "of a sum and no shard. An axis holds shards of the params or micro-batches, not both."
-                )
 
 
-_averages: ContextVar[set[str] | None] = ContextVar("averages", default=None)
+def check_same_members(name: str, value: Any, gradient: Any, params: Any) -> None:
+    """Raises unless a loss and its gradient are of the same members of each mapped axis.
 
-
-@contextlib.contextmanager
-def noting_averages() -> Iterator[set[str]]:
-    """Collects what the links that are traced inside average over.
-
-    Only ``shard_map`` with ``check_vma=True`` shows in the types which of two branches returned an average.
+    ``shard_map`` sums a gradient over the axes that its point does not vary over. So it is that of all members where
+    replicated params meet a member's own loss, and a part of it where marked params meet an averaged loss.
     """
-    outside, inside = _averages.get(), set[str]()
-    token = _averages.set(inside)
-    try:
-        yield inside
-    finally:
-        _averages.reset(token)
-        if outside is not None:
-            outside |= inside
-
-
-def note_average(what: str) -> None:
-    """To be called by a link that averages over the axis it names."""
-    averages = _averages.get()
-    if averages is not None:
-        averages.add(what)
+    for leaf, param in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=False):
+        own_loss, own_gradient = varying_axes(value), varying_axes(leaf)
+        for axis in sorted((own_loss - own_gradient) | (own_gradient - own_loss - varying_axes(param))):
+            one, other = ("loss", "gradient") if axis in own_loss else ("gradient", "loss")
+            raise ValueError(
+                f"{name}: over the mapped axis {axis!r}, the {one} is a member's own and the {other} that of all. Use "
+                f"`gradient_estimator(loss_fn, link, axis_name={axis!r})`, or jax.lax.pmean in the loss."
+            )

@@ -1,21 +1,23 @@
-r"""Micro-batches: the mean of a function over equal parts of a batch, in a loop, unrolled or vmapped."""
+r"""Means: of a function over the micro-batches of a batch, and of results over the members of a mapped axis.
+
+Float leaves are averaged, in float32 or wider, with weights if there are some. Other leaves (counters, keys, booleans)
+have no mean: they are those of the first micro-batch or member.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_sam._axes import vary, varying_axes
+from optax_sam._axes import Axes, is_checked, vary, varying_axes
 from optax_sam._checks import is_float
 from optax_sam._convolution import canonicalized
+from optax_sam._mesh import first_entry, split_leading
 from optax_sam._norms import widen
-from optax_sam.averaging import leading_size, mean_of_stack, shares_of, weighted
-from optax_sam.sharding import axes_in, num_devices
 
-STRATEGIES = ("auto", "vmap", "scan", "unroll")
+Strategy = Literal["auto", "vmap", "scan", "unroll"]
 PAIRED_BYTES = 1 << 22  # up to this size of what is averaged, two at a time stay in the caches
 
 
@@ -23,68 +25,86 @@ def mean_over_micro_batches(
     evaluate: Callable[[Any, Any], Any],
     batch: Any,
     num_micro_batches: int,
-    strategy: str,
+    strategy: Strategy,
     weights: jax.Array | None = None,
 ) -> Any:
-    """The mean of ``evaluate(index, micro_batch)`` over the micro-batches, with weights (num_micro_batches,) if given.
-
-    What is not float is that of the first micro-batch.
-    """
+    """The mean of ``evaluate(index, micro_batch)``, with weights (num_micro_batches,) if given."""
     shares = None if weights is None else shares_of(weights, jnp.sum(weights))
     if num_micro_batches == 1:
         result = evaluate(0, batch)
         return result if shares is None else jax.tree.map(lambda x: weighted(x, shares[0]), result)
-    leaves, structure = jax.tree.flatten(batch)
-    indices, stacks = jnp.arange(num_micro_batches), [_split(leaf, num_micro_batches) for leaf in leaves]
+    indices = jnp.arange(num_micro_batches)
+    stacks, rebuilt = _split(batch, num_micro_batches)
 
-    def evaluate_one(index, micro_batch):
-        # Only micro-batches are rebuilt, of the ranks that the batch had: its class may check them.
-        return jax.tree.map(jnp.asarray, evaluate(index, jax.tree.unflatten(structure, micro_batch)))
+    def evaluate_part(index, leaves):
+        return jax.tree.map(jnp.asarray, evaluate(index, rebuilt(leaves)))
 
     if strategy == "vmap":
-        return mean_of_stack(jax.vmap(evaluate_one)(indices, stacks), shares)
-    # Without jit, a loop would be compiled in every call.
+        return mean_of_stack(jax.vmap(evaluate_part)(indices, stacks), shares)
+    # Without jit, "auto" takes no loop: it would be compiled in every call.
     if strategy == "scan" or (strategy == "auto" and isinstance(indices, Tracer)):
         most_at_a_time = 1 if strategy == "scan" else 2
-        totals, like, structure = _sums_in_a_loop(evaluate_one, (indices, stacks, shares), most_at_a_time)
-    else:
-        totals, like, structure = _sums_in_line(evaluate_one, (range(num_micro_batches), stacks, shares))
+        return _sums_in_a_loop(evaluate_part, indices, stacks, shares, most_at_a_time).means(indices, shares)
+    return _sums_in_line(evaluate_part, range(num_micro_batches), stacks, shares).means(indices, shares)
 
-    def mean(total, kind):
-        if not is_float(total):
-            return total
-        return (total / num_micro_batches if shares is None else total).astype(kind.dtype)
 
-    return jax.tree.unflatten(structure, list(map(mean, totals, like)))
+def weights_of_micro_batches(weight_fn: Callable[[Any], Any], batch: Any, num_micro_batches: int) -> jax.Array:
+    """``weight_fn(micro_batch)`` of each, (num_micro_batches,)."""
+    if num_micro_batches == 1:
+        return weight_fn(batch)[None]
+    stacks, rebuilt = _split(batch, num_micro_batches)
+    return jax.vmap(lambda leaves: weight_fn(rebuilt(leaves)))(stacks)
+
+
+def _split(batch: Any, num_micro_batches: int) -> tuple[list[jax.Array], Callable[[Any], Any]]:
+    """The leaves (M, B / M, ...), and the function from leaves of one micro-batch to the micro-batch.
+
+    A batch of stacks is never built: its class may check the ranks of what it holds.
+    """
+    leaves, structure = jax.tree.flatten(batch)
+    return [split_leading(leaf, num_micro_batches) for leaf in leaves], structure.unflatten
+
+
+class _Sums(NamedTuple):
+    """Sums over micro-batches: the totals, what the terms were like, and the structure that both are leaves of."""
+
+    totals: list[Any]
+    like: list[Any]
+    structure: Any
+
+    def means(self, indices: jax.Array, shares: jax.Array | None) -> Any:
+        count = len(indices) if shares is None else 1
+
+        def mean(total, like):
+            return (total / count).astype(like.dtype) if is_float(total) else total
+
+        return self.structure.unflatten(map(mean, self.totals, self.like))
 
 
 def _sums_in_a_loop(
-    evaluate: Callable[..., Any], entries: Any, most_at_a_time: int
-) -> tuple[list[Any], list[Any], Any]:
-    """The sums of what ``evaluate(index, micro_batch)`` returns, its abstract values, and its structure."""
-
+    evaluate: Callable[..., Any], indices: jax.Array, stacks: Any, shares: jax.Array | None, most_at_a_time: int
+) -> _Sums:
     def add(totals, entry):
-        index, micro_batch, share = entry
-        terms = _terms(jax.tree.leaves(evaluate(index, micro_batch)), share)
+        index, leaves, share = entry
+        terms = _terms(jax.tree.leaves(evaluate(index, leaves)), share)
         return [t + x if is_float(x) else jnp.where(index == 0, x, t) for t, x in zip(totals, terms, strict=True)], None
 
-    indices, stacks, shares = entries
+    # From zeros on, not from the first term: a loop that begins behind its first turn is two copies of the program.
     closed, shapes = jax.make_jaxpr(evaluate, return_shape=True)(indices[0], _entry(stacks, 0))
-    zeros, length = [_zeros(aval, varying_axes(shares)) for aval in closed.out_avals], len(indices)
-    at_a_time = min(most_at_a_time, _at_a_time(length, closed.out_avals))
-    totals, _ = jax.lax.scan(canonicalized(add), zeros, entries, unroll=at_a_time)
-    return totals, closed.out_avals, jax.tree.structure(shapes)
+    zeros = [_zeros(aval, varying_axes(shares)) for aval in closed.out_avals]
+    at_a_time = min(most_at_a_time, _at_a_time(len(indices), closed.out_avals))
+    totals, _ = jax.lax.scan(canonicalized(add), zeros, (indices, stacks, shares), unroll=at_a_time)
+    return _Sums(totals, closed.out_avals, jax.tree.structure(shapes))
 
 
-def _sums_in_line(evaluate: Callable[..., Any], entries: Any) -> tuple[list[Any], list[Any], Any]:
+def _sums_in_line(evaluate: Callable[..., Any], indices: range, stacks: Any, shares: jax.Array | None) -> _Sums:
     """The same, one micro-batch after another in straight-line code."""
-    indices, stacks, shares = entries
     totals, like, structure = [], [], None
     for index in indices:
         like, structure = jax.tree.flatten(evaluate(index, _entry(stacks, index)))
         terms = _terms(like, None if shares is None else shares[index])
         totals = [t + x if is_float(x) else t for t, x in zip(totals, terms, strict=True)] if index else terms
-    return totals, like, structure
+    return _Sums(totals, like, structure)
 
 
 def _terms(results: list[Any], share: jax.Array | None) -> list[Any]:
@@ -98,7 +118,7 @@ def _entry(stacks: list[jax.Array], index: int) -> list[jax.Array]:
 
 
 def _at_a_time(length: int, results: list[Any]) -> int:
-    """How many micro-batches make one turn of a loop over so many; all in one turn would be none."""
+    """How many micro-batches make one turn of a loop over so many; all in one turn would be no loop."""
     is_small = sum(x.size * x.dtype.itemsize for x in results if is_float(x)) <= PAIRED_BYTES
     return 2 if is_small and length > 2 and length % 2 == 0 else 1
 
@@ -110,39 +130,74 @@ def _zeros(aval: Any, axes_of_shares: frozenset[str]) -> jax.Array:
     return vary(jax.lax.full(aval.shape, 0, dtype, sharding=aval.sharding), varying)
 
 
-def _split(leaf: Any, num_micro_batches: int) -> jax.Array:
-    """The leaf (B, ...) as (num_micro_batches, B / num_micro_batches, ...)."""
-    leaf = jnp.asarray(leaf)
-    mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-    check_divisible(leaf.shape[0], num_devices(mesh, axes_in(spec[:1])), num_micro_batches)
-    shape = num_micro_batches, leaf.shape[0] // num_micro_batches, *leaf.shape[1:]
-    sharding = NamedSharding(mesh, PartitionSpec(None, *spec)) if any(spec) else None
-    return jnp.reshape(leaf, shape, out_sharding=sharding)
+def shares_of(weights: jax.Array, total: jax.Array) -> jax.Array:
+    """The weights, divided by their total; zeros if that is zero."""
+    return jnp.where(total == 0, 0, weights / jnp.where(total == 0, 1, total))
 
 
-def weights_of_micro_batches(weight_fn: Callable[[Any], Any], batch: Any, num_micro_batches: int) -> jax.Array:
-    """``weight_fn(micro_batch)`` of each, (num_micro_batches,)."""
-    if num_micro_batches == 1:
-        return weight_fn(batch)[None]
-    leaves, structure = jax.tree.flatten(batch)
-    stacks = [_split(leaf, num_micro_batches) for leaf in leaves]
-    return jax.vmap(lambda micro_batch: weight_fn(jax.tree.unflatten(structure, micro_batch)))(stacks)
+def weighted(x: jax.Array, share: jax.Array) -> jax.Array:
+    """share · x where x is float; what has no share does not count, even if it is not finite."""
+    if not is_float(x):
+        return x
+    product = x * share.astype(jnp.finfo(jnp.result_type(x)).dtype)
+    return jnp.where(share == 0, 0, product)  # 0 · nan would be nan: the loss of padding alone is often 0/0
 
 
-def check_batch(batch: dict[str, Any], num_micro_batches: int) -> int:
-    """The number of examples in named trees; raises unless there are some to split."""
-    size = leading_size(**batch)
-    if size is None:
-        raise ValueError(
-            f"{num_micro_batches=} needs a batch to split, the argument behind params (and state); got "
-            f"{next(iter(batch.values()), 'none')}."
-        )
-    return size
+def mean_of_stack(tree: Any, shares: jax.Array | None = None) -> Any:
+    """Means over the leading axis, with shares (M,) if given."""
+
+    def mean(x):
+        if not is_float(x):
+            return first_entry(x)
+        if shares is None:
+            return jnp.mean(x, axis=0)
+        return jnp.sum(jax.vmap(weighted)(widen(x), shares), axis=0).astype(x.dtype)
+
+    return jax.tree.map(mean, tree)
 
 
-def check_divisible(batch_size: int, devices: int, num_micro_batches: int) -> None:
-    """Raises unless the batch makes ``num_micro_batches`` equal parts on, or spread over, each of the devices."""
-    if batch_size % (devices * num_micro_batches):
-        raise ValueError(
-            f"{batch_size=} must be divisible by devices × num_micro_batches = {devices} × {num_micro_batches}."
-        )
+def mean_over_axes(tree: Any, axes: Axes, weight: jax.Array | None = None) -> Any:
+    """Means over the members of mapped axes, with this member's weight if given."""
+    if not axes:
+        return tree
+    checked = is_checked(axes)
+    share = None if weight is None else shares_of(weight, jax.lax.psum(vary(weight, axes), axes))
+
+    def mean(leaf):
+        if share is not None:
+            return jax.lax.psum(weighted(widen(leaf), share), axes).astype(leaf.dtype)
+        wide = widen(leaf) if leaf.dtype == jnp.float16 else leaf  # its sums would overflow; bfloat16's do not
+        return jax.lax.pmean(wide, axes).astype(leaf.dtype)
+
+    def reduced(leaf):
+        leaf = jnp.asarray(leaf)
+        if checked and not varying_axes(leaf) & set(axes):
+            return leaf  # all members hold the same, and JAX knows it: nothing to send
+        leaf = vary(leaf, axes)
+        return mean(leaf) if is_float(leaf) else _of_first_member(leaf, axes)
+
+    return jax.tree.map(reduced, tree)
+
+
+def _of_first_member(leaf: jax.Array, axes: Axes) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _of_first_member(jax.random.key_data(leaf), axes)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # A sum with zeros, for JAX then knows that all members hold the same.
+    first = jax.lax.axis_index(axes) == 0
+    return jax.lax.psum(jnp.where(first, leaf, 0), axes).astype(leaf.dtype)
+
+
+def leading_size(**trees: Any) -> int | None:
+    """The size of the leading axis, common to all leaves of the trees; None if there are no leaves."""
+    places = {}
+    for name, tree in trees.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            place = name + jax.tree_util.keystr(path)
+            if not jnp.ndim(leaf):
+                raise ValueError(f"{place} must have a leading axis, to split or map over; it is a scalar.")
+            places.setdefault(jnp.shape(leaf)[0], place)
+    if len(places) > 1:
+        found = ", ".join(f"{size} in {place}" for size, place in places.items())
+        raise ValueError(f"The leaves of {' and '.join(trees)} must agree in their leading axis; got {found}.")
+    return next(iter(places), None)

@@ -17,10 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam._axes import Declared, axes_of_leaves, vary, varying_axes
+from optax_sam._axes import Axes, Declared, axes_of_leaves, union, vary, varying_axes
 from optax_sam._checks import check_alike, is_float
-
-Axes = tuple[str, ...]
 
 
 def norm(tree: Any, shards: Declared = ()) -> jax.Array:
@@ -84,7 +82,7 @@ def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
     )
     if not first:
         return jnp.zeros([], jnp.float32)
-    axes = [tuple(dict.fromkeys((*names, *more))) for names, more in zip(axes, others, strict=True)]
+    axes = [union(names, more) for names, more in zip(axes, others, strict=True)]
     return _sum_of_products(first, second, axes) * units[0] * units[1]
 
 

@@ -151,7 +151,7 @@ def _ascent(
     """The transformation ``perturbation(rho, updates, params, shards)``, with a step count if rho is a schedule."""
     schedule = rho if callable(rho) else None
     if schedule is None:
-        check_nonnegative("rho", rho, or_schedule=True)
+        check_nonnegative("rho", rho)
 
     def init(params):
         del params
@@ -159,9 +159,9 @@ def _ascent(
 
     def update(updates, state, params=None, *, shards=(), **extra_args):
         del extra_args
-        check_state(state, AscentState if schedule else optax.EmptyState)
         if schedule is None:
             return perturbation(rho, updates, params, shards), state
+        check_state(state, AscentState)
         radius = schedule(state.ascent_step)
         check_real("rho(step)", radius)
         next_step = jnp.asarray(optax.safe_increment(state.ascent_step))

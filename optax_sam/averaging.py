@@ -4,18 +4,27 @@ Averaging after the ascent is mSAM: each micro-batch has its own ε. Averaging b
 all; that is the plain link, fed with averaged gradients and a ``grad_fn`` that returns averaged gradients.
 """
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_sam._axes import AxisNames, as_axes, is_checked, note_average, vary, varying_axes
-from optax_sam._checks import as_link, is_float
-from optax_sam._norms import widen
+from optax_sam._axes import Axes, AxisNames, as_axes, check_unvarying, is_checked, varying_axes
+from optax_sam._checks import as_link, check_alike, check_state
+from optax_sam._means import leading_size, mean_of_stack, mean_over_axes
+from optax_sam._mesh import mesh_of
+
+
+class AveragedState(NamedTuple):
+    """State of :func:`micro_batched`; its type tells other combinators that what comes out is an average.
+
+    Attributes:
+        link_state: the state of the link, one for all micro-batches.
+    """
+
+    link_state: optax.OptState
 
 
 def micro_batched(
@@ -32,21 +41,22 @@ def micro_batched(
       ``updates`` is this member's own gradient, *not* averaged; one ``pmean`` at the end is the only communication.
       With several micro-batches on each member: ``micro_batched(micro_batched(inner), axis_name)``.
 
-    The state of ``inner`` is one state, shared and advanced once per step: its float leaves are averaged over the
-    micro-batches, all other leaves are those of the first.
+    All micro-batches share one state of ``inner``, advanced once per step: its float leaves are averaged over them, all
+    other leaves are those of the first.
 
     Args:
         inner: link to apply to each micro-batch.
         axis_name: the mapped axis whose members are the micro-batches, or several, or None.
 
     Returns:
-        An ``optax.GradientTransformationExtraArgs`` with the state of ``inner``.
+        An ``optax.GradientTransformationExtraArgs`` with an :class:`AveragedState`.
 
     Raises:
         TypeError: inner is not a transformation, or axis_name is not made of strings.
-        ValueError: at ``update``: leaves without a common leading axis; a gradient function without a ``batch``;
-            axis_name is not a mapped axis; the gradient was already summed over it, as ``shard_map`` does for
-            replicated params; or the params vary over it.
+        NameError: at ``update``: axis_name is not a mapped axis.
+        ValueError: at ``update``: leaves without a common leading axis; a gradient function without a ``batch``; a
+            gradient that was already summed over axis_name, as ``shard_map`` does for replicated params; or params that
+            vary over it.
 
     Example:
         >>> import optax_sam
@@ -63,153 +73,63 @@ def micro_batched(
         <https://arxiv.org/abs/2302.09693>`_, 2023
     """
     inner = as_link("inner", inner)
-    if axis_name is not None:
-        return optax.GradientTransformationExtraArgs(inner.init, _over_axes(inner, as_axes(axis_name)))
+    axes = None if axis_name is None else as_axes(axis_name)
 
-    def update(updates, state, params=None, *, batch=None, **extra_args):
-        if batch is None and (extra_args.get("grad_fn") or extra_args.get("value_fn")):
-            cure = "Pass `grad_fn=jax.grad(loss_fn), batch=batch` with a leading axis of micro-batches on every leaf."
-            if "value_and_grad_fn" in extra_args:
-                cure = (
-                    "The estimator splits the batch itself: give it what is inside of micro_batched, sam(rho) for msam."
-                )
-            raise ValueError(f"micro_batched evaluates the gradient of each micro-batch and was given no batch. {cure}")
-        _check_stacked(updates, batch, params)
-
-        def update_one(gradient, micro_batch):
-            return inner.update(gradient, state, params, batch=micro_batch, **extra_args)
-
-        note_average("a leading axis of micro-batches")
-        with _mesh_of(updates):
-            return mean_of_stack(jax.vmap(update_one)(updates, batch))
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _mesh_of(stacks: Any) -> contextlib.AbstractContextManager[Any]:
-    """An Explicit mesh of the arrays, as context: without it ``vmap`` cannot branch where they are sharded."""
-    meshes = {jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(stacks)}
-    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
-    return jax.sharding.use_abstract_mesh(explicit[0]) if explicit else contextlib.nullcontext()
-
-
-def _over_axes(inner: optax.GradientTransformationExtraArgs, axes: tuple[str, ...]) -> optax.TransformUpdateExtraArgsFn:
-    """The ``update`` of ``inner``, averaged over the members of mapped axes."""
+    def init(params):
+        return AveragedState(inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        check_replicated(params, axes)
-        if is_checked(axes) and not all(varying_axes(g).issuperset(axes) for g in jax.tree.leaves(updates)):
-            axis = axes[0] if len(axes) == 1 else axes
-            raise ValueError(
-                f"The gradient does not vary over {axis!r}: it was already summed or averaged over that axis, but "
-                "micro-batches need one gradient each. Under shard_map, jax.grad sums over the devices if params are "
-                f"replicated; differentiate at `jax.lax.pcast(params, {axis!r}, to='varying')`, or let "
-                f"`gradient_estimator(loss_fn, link, axis_name={axis!r})` do it."
-            )
-        note_average(f"the mapped axis {' and '.join(map(repr, axes))}")
-        return mean_over_axes(inner.update(updates, state, params, **extra_args), axes)
+        check_state(state, AveragedState)
 
-    return update
+        def of_one(gradient, **own):
+            return inner.update(gradient, state.link_state, params, **extra_args | own)
+
+        if axes is None:
+            batch = extra_args.pop("batch", None)
+            _check_stacked(updates, batch, params, extra_args)
+            with mesh_of(updates):
+                outputs, link_state = mean_of_stack(jax.vmap(lambda g, b: of_one(g, batch=b))(updates, batch))
+        else:
+            check_unvarying(params, axes)
+            _check_own(updates, axes)
+            outputs, link_state = mean_over_axes(of_one(updates), axes)
+        return outputs, AveragedState(link_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_replicated(params: Any, axes: Sequence[str]) -> None:
-    """Raises if params are known to differ between the members that are to hold the micro-batches."""
-    for axis in sorted(varying_axes(params) & set(axes)):
+def is_average(state: Any) -> bool:
+    """Whether a link with this state averages, itself or somewhere in it."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AveragedState))
+    return any(isinstance(node, AveragedState) for node in nodes)
+
+
+def check_no_average(name: str, state: Any) -> None:
+    """Raises for a link that averages: what it gets is of one micro-batch, and what it returns is of all."""
+    if is_average(state):
         raise ValueError(
-            f"The params vary over {axis!r}, the mapped axis whose members hold micro-batches. If they were marked by "
-            "jax.lax.pcast, pass the unmarked params. If they are sharded over it, all shards need one gradient: "
-            f"average the loss in loss_fn, `jax.lax.pmean(loss, {axis!r})`, and use `sharded(link, {axis!r})` instead."
+            f"{name} compares what a link gets with what it returns, and this one averages. Average outside of it, "
+            f"`micro_batched({name}(sam(rho)))`."
         )
 
 
-def _check_stacked(updates: Any, batch: Any, params: Any) -> None:
+def _check_own(updates: Any, axes: Axes) -> None:
+    """Raises if the gradient is known to be a sum or an average over the axes."""
+    if is_checked(axes) and not all(varying_axes(g).issuperset(axes) for g in jax.tree.leaves(updates)):
+        raise ValueError(
+            f"The gradient does not vary over {axes}: it is a sum or an average, and each member needs its own. Take "
+            f"it at `jax.lax.pcast(params, {axes}, to='varying')`, or use the estimator with axis_name={axes}."
+        )
+
+
+def _check_stacked(updates: Any, batch: Any, params: Any, keywords: Any) -> None:
     """Raises unless updates and batch have one common leading axis, in updates in front of the shapes of the params."""
+    if batch is None and any(keywords.get(name) is not None for name in ("grad_fn", "value_fn")):
+        raise ValueError(
+            "micro_batched got no batch. In a chain pass `grad_fn=jax.grad(loss_fn), batch=batch`, with a leading axis "
+            "of micro-batches; the estimator splits the batch itself, and wants sam(rho) in place of msam(rho)."
+        )
     leading_size(updates=updates, batch=batch)
-    if params is None or jax.tree.structure(updates) != jax.tree.structure(params):
-        return
-    for (path, leaf), param in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(params), strict=True):
-        if jnp.shape(leaf)[1:] != jnp.shape(param):
-            raise ValueError(
-                f"updates{jax.tree_util.keystr(path)} must have a leading axis of micro-batches in front of the shape "
-                f"{jnp.shape(param)} of the param; got {jnp.shape(leaf)}. For a batch that is not split yet use "
-                "`gradient_estimator(loss_fn, sam(rho), num_micro_batches=M)`."
-            )
-
-
-def leading_size(**trees: Any) -> int | None:
-    """The size of the leading axis, common to all leaves of the trees; None if there are no leaves."""
-    places = {}
-    for name, tree in trees.items():
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            place = name + jax.tree_util.keystr(path)
-            if not jnp.ndim(leaf):
-                raise ValueError(f"{place} must have a leading axis to split or map over; it is a scalar.")
-            places.setdefault(jnp.shape(leaf)[0], place)
-    if len(places) > 1:
-        found = ", ".join(f"{size} in {place}" for size, place in places.items())
-        raise ValueError(f"The leaves of {' and '.join(trees)} must agree in their leading axis; got {found}.")
-    if 0 in places:
-        raise ValueError(f"{places[0]} must hold at least one example; its leading axis is of size 0.")
-    return next(iter(places), None)
-
-
-def shares_of(weights: jax.Array, total: jax.Array) -> jax.Array:
-    """The weights, divided by their total; zeros if that is zero."""
-    return jnp.where(total == 0, 0, weights / jnp.where(total == 0, 1, total))
-
-
-def weighted(x: jax.Array, share: jax.Array) -> jax.Array:
-    """share · x where x is float; what has no share does not count, even if it is not finite."""
-    if not is_float(x):
-        return x
-    product = x * share.astype(jnp.finfo(jnp.result_type(x)).dtype)
-    return jnp.where(share == 0, 0, product)
-
-
-def mean_of_stack(tree: Any, shares: jax.Array | None = None) -> Any:
-    """Means of the float leaves over their leading axis, with shares (M,) if given; of all others the first entry."""
-
-    def mean(x):
-        if not is_float(x):
-            return _first_entry(x)
-        if shares is None:
-            return jnp.mean(x, axis=0)
-        return jnp.sum(jax.vmap(weighted)(widen(x), shares), axis=0).astype(x.dtype)
-
-    return jax.tree.map(mean, tree)
-
-
-def _first_entry(stack: jax.Array) -> jax.Array:
-    mesh, spec = jax.typeof(stack).sharding.mesh, jax.typeof(stack).sharding.spec
-    if spec[0]:  # an Explicit mesh refuses to index along an axis that is sharded
-        stack = jax.sharding.reshard(stack, NamedSharding(mesh, PartitionSpec(None, *spec[1:])))
-    return stack[0]
-
-
-def mean_over_axes(tree: Any, axes: tuple[str, ...], weight: jax.Array | None = None) -> Any:
-    """Means of the float leaves over the members of mapped axes, weighted if given; other leaves are the first's."""
-    checked = is_checked(axes)
-    share = None if weight is None else shares_of(weight, jax.lax.psum(vary(weight, axes), axes))
-
-    def mean(leaf):
-        if share is not None:
-            return jax.lax.psum(weighted(widen(leaf), share), axes).astype(leaf.dtype)
-        wide = widen(leaf) if leaf.dtype == jnp.float16 else leaf  # sums would overflow
-        return jax.lax.pmean(wide, axes).astype(leaf.dtype)
-
-    def reduced(leaf):
-        leaf = jnp.asarray(leaf)
-        if checked and not varying_axes(leaf) & set(axes):
-            return leaf
-        leaf = vary(leaf, axes)
-        return mean(leaf) if is_float(leaf) else _of_first_member(leaf, axes)
-
-    return jax.tree.map(reduced, tree)
-
-
-def _of_first_member(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _of_first_member(jax.random.key_data(leaf), axes)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    first = jax.lax.axis_index(axes) == 0
-    return jax.lax.psum(jnp.where(first, leaf, 0), axes).astype(leaf.dtype)
+    if params is not None and jax.tree.structure(updates) == jax.tree.structure(params):
+        one = jax.tree.map(lambda x: np.broadcast_to(0, jnp.shape(x)[1:]), updates)
+        check_alike("updates, behind their leading axis of micro-batches,", one, "params", params)

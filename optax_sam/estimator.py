@@ -7,48 +7,46 @@ example costs one gradient for the clean pass and as many as the link evaluates 
 micro-batches.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam._axes import AxisNames, as_axes, check_mapped, communicates, vary
+from optax_sam._axes import (
+    Axes,
+    AxisNames,
+    as_axes,
+    check_same_members,
+    check_unvarying,
+    communicates,
+    is_mapped,
+    vary,
+)
 from optax_sam._checks import (
     as_link,
     check_arrays,
     check_choice,
-    check_floating,
     check_function,
     check_int,
     check_loss,
-    check_pair,
+    check_params,
     check_real,
     is_float,
 )
-from optax_sam._means import (
-    STRATEGIES,
-    check_batch,
-    check_divisible,
-    mean_over_micro_batches,
-    weights_of_micro_batches,
-)
-from optax_sam.averaging import check_replicated, leading_size, mean_over_axes
-from optax_sam.link import check_same_members, conjugated
-from optax_sam.sharding import mesh_axes_of_examples, num_devices, on_each_device
+from optax_sam._evaluation import conjugated, loss_and_gradient
+from optax_sam._means import Strategy, leading_size, mean_over_axes, mean_over_micro_batches, weights_of_micro_batches
+from optax_sam._mesh import mesh_of_examples, on_each_device
 
-ASCENTS_PER = ("micro_batch", "device", "batch")
+AscentPer = Literal["micro_batch", "device", "batch"]
+Params = TypeVar("Params")
+Value = TypeVar("Value")  # what loss_fn returns: the loss, or (loss, aux)
 
 
-class ValueAndGradFn(Protocol):
-    """See :func:`gradient_estimator`."""
-
-    def __call__(self, params: Any, state: optax.OptState, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]: ...
-
-
-class GradientEstimator(NamedTuple):
+class GradientEstimator(NamedTuple, Generic[Params, Value]):
     """A pair of pure functions, as made by :func:`gradient_estimator`.
 
     Attributes:
@@ -57,22 +55,22 @@ class GradientEstimator(NamedTuple):
             ``((loss, aux), grads, state)``.
     """
 
-    init: Callable[[Any], optax.OptState]
-    value_and_grad: ValueAndGradFn
+    init: Callable[[Params], optax.OptState]
+    value_and_grad: Callable[Concatenate[Params, optax.OptState, ...], tuple[Value, Params, optax.OptState]]
 
 
 def gradient_estimator(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[Params, ...], Value],
     link: optax.GradientTransformation,
     *,
     has_aux: bool = False,
     num_micro_batches: int = 1,
-    ascent_per: str = "micro_batch",
-    strategy: str = "auto",
+    ascent_per: AscentPer = "micro_batch",
+    strategy: Strategy = "auto",
     axis_name: AxisNames | None = None,
     batch_argnums: int | Sequence[int] = 1,
-    weight_fn: Callable[..., Any] | None = None,
-) -> GradientEstimator:
+    weight_fn: Callable[..., jax.typing.ArrayLike] | None = None,
+) -> GradientEstimator[Params, Value]:
     r"""Applies a link to a loss function: one call returns the loss, the link's gradient and the link's new state.
 
     The batch is split into ``num_micro_batches`` contiguous parts of equal size. ``ascent_per`` says what one ε
@@ -109,8 +107,9 @@ def gradient_estimator(
     A loss that averages over ``axis_name`` itself, with ``jax.lax.pmean``, gives the same gradients as one that leaves
     it to the estimator. With ``weight_fn`` loss_fn must not communicate over ``axis_name``.
 
-    A batch that is sharded over D devices of an Explicit mesh, with M a multiple of D, stays where it is: each device
-    takes M / D micro-batches. XLA cannot do that for a batch on an Auto mesh; use ``jax.shard_map`` and ``axis_name``.
+    On an Explicit mesh ``axis_name`` may name the axis that the batch is sharded over: each device then takes M
+    micro-batches of its own examples. On an Auto mesh write the ``jax.shard_map`` around the call. Without either, each
+    micro-batch is one of the whole batch, and XLA moves its examples between the devices.
 
     Args:
         loss_fn: function to differentiate with respect to its first argument.
@@ -124,8 +123,9 @@ def gradient_estimator(
             params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
             one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``; under it "scan", two at a
             time if M > 2 is even and what is averaged is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
-        axis_name: axis (or several) of ``pmap``, ``shard_map`` or ``vmap`` whose members hold further parts of the
-            batch; results are averaged over it. Params and state are the same on every member.
+        axis_name: axis (or several) whose members hold further parts of the batch, each of M micro-batches: of a
+            ``pmap``, ``shard_map`` or ``vmap`` around the call, or of the Explicit mesh that the batch is sharded over.
+            Results are averaged over it. Params and state are the same on every member.
         batch_argnums: which arguments of loss_fn hold examples, an int or several, counted as in ``jax.grad`` (params
             are 0). With M > 1, any other array with a leading axis of B is refused; loss_fn closes over what all
             micro-batches share.
@@ -142,9 +142,9 @@ def gradient_estimator(
             loss_fn returns no scalar loss, or with has_aux no pair, or with M > 1 aux that is not made of arrays.
         ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1; when
             called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; another array with a
-            leading axis of B; a loss_fn that communicates beside a weight_fn; a state that is not of this link;
-            axis_name is not a mapped axis, is one that the params vary over, or is missing where ``shard_map`` would
-            sum the gradient.
+            leading axis of B; a loss_fn that communicates beside a weight_fn; an axis_name that is neither mapped nor
+            of the batch's Explicit mesh, that the params vary over, or that is missing where ``shard_map`` would sum
+            the gradient.
 
     Example:
         >>> import optax_sam
@@ -159,239 +159,261 @@ def gradient_estimator(
         Behdin et al., `mSAM: Micro-Batch-Averaged Sharpness-Aware Minimization
         <https://arxiv.org/abs/2302.09693>`_, 2023
     """
-    check_function("loss_fn", loss_fn, "params and a batch")
+    check_function("loss_fn", loss_fn)
     link = as_link("link", link)
-    check_choice("has_aux", has_aux, (True, False))
     check_int("num_micro_batches", num_micro_batches)
-    check_choice("ascent_per", ascent_per, ASCENTS_PER)
-    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("ascent_per", ascent_per, AscentPer)
+    check_choice("strategy", strategy, Strategy)
     axes = () if axis_name is None else as_axes(axis_name)
     if ascent_per == "device" and not axes:
         raise ValueError(
-            'ascent_per="device" needs axis_name, the mapped axis whose members are the devices; under jax.jit alone '
-            'devices are not visible. There, one ε per device is ascent_per="micro_batch" with num_micro_batches = the '
-            'number of devices, and one ε for all is ascent_per="batch".'
+            'ascent_per="device" needs axis_name, the axis of the devices. Without one, use "micro_batch" with '
+            'num_micro_batches = the number of devices, or "batch".'
         )
-    if weight_fn is not None:
-        check_function("weight_fn", weight_fn, "a batch")
     argnums = _as_argnums(batch_argnums)
     estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes, argnums, weight_fn)
-    return GradientEstimator(link.init, _checked_arguments(link.init, _on_the_devices_of_the_batch(estimate)))
+    return GradientEstimator(link.init, estimate.value_and_grad)
+
+
+class _Arguments(NamedTuple):
+    """The arguments of loss_fn behind params: by position, those that carry examples and the others, and by keyword."""
+
+    batch: dict[int, Any]
+    others: dict[int, Any]
+    keywords: dict[str, Any]
+
+    def with_batch(self, batch: dict[int, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """All of them with another batch, as ``loss_fn(params, *args, **kwargs)`` takes them."""
+        positions = batch | self.others
+        return [positions[number] for number in sorted(positions)], self.keywords
 
 
 class _Estimate(NamedTuple):
-    """What an estimator does with the part of the batch that it sees: the arguments of :func:`gradient_estimator`."""
+    """The arguments of :func:`gradient_estimator`, and what is done with them."""
 
     loss_fn: Callable[..., Any]
     link: optax.GradientTransformationExtraArgs
     has_aux: bool
     num_micro_batches: int
-    ascent_per: str
-    strategy: str
-    axes: tuple[str, ...]
+    ascent_per: AscentPer
+    strategy: Strategy
+    axes: Axes
     batch_argnums: tuple[int, ...]
     weight_fn: Callable[..., Any] | None
 
-    def run(self, params: Any, state: optax.OptState, batch: tuple, others: Any) -> tuple[Any, Any, Any]:
+    def value_and_grad(self, params: Any, state: optax.OptState, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """The loss (and aux), the gradient and the new state."""
-        check_mapped(self.axes)
-        check_replicated(params, self.axes)
-        if self.num_micro_batches > 1 and self.axes:
-            members = jax.lax.axis_size(self.axes)
-            check_divisible((leading_size(batch=batch) or 0) * members, members, self.num_micro_batches)
-        weights = self._weights(batch, others)
-        if weights is not None and self.axes:
-            self._check_own_loss(params, batch, others)
+        check_params("params", params)
+        positions = dict(enumerate(args, start=1))
+        batch = {number: positions.pop(number) for number in self.batch_argnums if number in positions}
+        arguments = _Arguments(batch, positions, kwargs)
+        if self.num_micro_batches > 1:
+            self._check_split(arguments)
+        if all(map(is_mapped, self.axes)):
+            return self.estimate(params, state, *arguments)
+        on_devices = on_each_device(self.estimate, mesh_of_examples(batch, self.axes), self.axes)
+        return on_devices(params, state, *arguments)
 
-        def mark(tree):
-            """The tree, marked as varying over the axes: its gradient is then this member's own, not their sum."""
-            return jax.tree.map(lambda x: vary(jnp.asarray(x), self.axes), tree) if self.axes else tree
+    def estimate(self, params: Any, state: optax.OptState, *arguments: Any) -> tuple[Any, Any, Any]:
+        """The same for the part of the batch that this program sees, of one device or of all of them.
 
-        def apply_link(average):
-            """Value, gradient and state of the link, where ``average`` runs over all the losses that share one ε."""
+        ``ascent_per`` says which part of the mean over micro-batches and devices is taken before the link, for one ε,
+        and which after it, over several.
+        """
+        check_unvarying(params, self.axes)
+        arguments = _Arguments(*arguments)
+        part = _Part(self, params, state, arguments, _weights_of(self, params, arguments))
+        match self.ascent_per:
+            case "micro_batch":
+                results = part.mean_over_all(part.link_on_one)
+            case "device":
+                results = part.mean_over_devices(part.link_on(part.mean_over_micro_batches))
+            case "batch":
+                return part.link_on(part.mean_over_all)
+        return part.keeping_state_of_padding(results)
 
-            def evaluate(loss_fn, point):
-                def member_loss(point):  # marked too: of a loss that is already averaged, a part would be missing
-                    value = loss_fn(point)
-                    return (mark(value[0]), value[1]) if self.has_aux else mark(value)
+    def _check_split(self, arguments: "_Arguments") -> None:
+        """Raises if there is nothing to split, or if what is not split could hold examples: it would broadcast."""
+        size = leading_size(**{f"argument {number} of loss_fn": arg for number, arg in arguments.batch.items()})
+        if size is None:
+            raise ValueError(
+                f"num_micro_batches={self.num_micro_batches} needs a batch to split; got none at "
+                f"batch_argnums={self.batch_argnums}. Pass it by position, behind params (and state)."
+            )
+        for name, tree in (arguments.others | arguments.keywords).items():
+            shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray))]
+            if any(shape and shape[0] == size for shape in shapes):
+                raise ValueError(
+                    f"Argument {name} of loss_fn is as long as the batch, {size}, and is not split. Name its position "
+                    f"in batch_argnums, now {self.batch_argnums}; what is shared, close over or pass as x[None]."
+                )
 
-                value, gradient = jax.value_and_grad(member_loss, has_aux=self.has_aux)(mark(point))
-                loss, aux = value if self.has_aux else (value, None)
-                return loss, aux, conjugated(gradient)
 
-            def grad_fn(point):
-                return average(lambda loss_fn: evaluate(loss_fn, point)[2])
+class _Part(NamedTuple):
+    """What one program sees of an estimate: params, state, arguments, and the weights of micro-batches, if any."""
 
-            def value_and_grad_fn(point):
-                return average(lambda loss_fn: evaluate(loss_fn, point)[::2])
+    estimate: _Estimate
+    params: Any
+    state: optax.OptState
+    arguments: _Arguments
+    weights: jax.Array | None
 
-            loss, aux, clean = average(lambda loss_fn: evaluate(loss_fn, params))
-            check_same_members("What loss_fn returns", loss, clean, params)
-            extra_args = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
-            outputs, next_state = self.link.update(clean, state, params, **extra_args)
-            return (loss, aux) if self.has_aux else loss, conjugated(outputs), next_state
+    def mean_over_micro_batches(self, evaluate: Callable[[Callable[[Any], Any]], Any]) -> Any:
+        """The mean of ``evaluate(loss_fn)`` over the loss functions of the micro-batches, which take params alone."""
 
-        def over_micro_batches(evaluate):
-            def evaluate_one(index, micro_batch):
-                args, kwargs = _fold_keys(self._arguments(micro_batch, others), self._micro_batch_number(index))
-                return evaluate(lambda params: self._loss(params, *args, **kwargs))
+        def evaluate_micro_batch(index, batch):
+            return evaluate(self._loss_of(index, batch))
 
-            return mean_over_micro_batches(evaluate_one, batch, self.num_micro_batches, self.strategy, weights)
+        size, strategy = self.estimate.num_micro_batches, self.estimate.strategy
+        return mean_over_micro_batches(evaluate_micro_batch, self.arguments.batch, size, strategy, self.weights)
 
-        def over_devices(tree):
-            weight = None if weights is None else jnp.sum(weights)
-            return mean_over_axes(tree, self.axes, weight) if self.axes else tree
+    def mean_over_devices(self, tree: Any) -> Any:
+        """The mean of this device's results and those of the others."""
+        return mean_over_axes(tree, self.estimate.axes, None if self.weights is None else jnp.sum(self.weights))
 
-        if self.ascent_per == "micro_batch":
-            results = over_devices(over_micro_batches(lambda loss_fn: apply_link(lambda evaluate: evaluate(loss_fn))))
-        elif self.ascent_per == "device":
-            results = over_devices(apply_link(over_micro_batches))
-        else:
-            return apply_link(lambda evaluate: over_devices(over_micro_batches(evaluate)))
-        return results if weights is None else self._with_state(state, results, jnp.sum(weights))
+    def mean_over_all(self, evaluate: Callable[[Callable[[Any], Any]], Any]) -> Any:
+        """The mean of ``evaluate(loss_fn)`` over the micro-batches of all devices."""
+        return self.mean_over_devices(self.mean_over_micro_batches(evaluate))
 
-    def _with_state(
-        self, state: optax.OptState, results: tuple[Any, Any, Any], weight: jax.Array
-    ) -> tuple[Any, Any, Any]:
+    def link_on_one(self, loss_fn: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+        """``link_on`` a single loss function."""
+        return self.link_on(functools.partial(_evaluated_on, loss_fn))
+
+    def link_on(self, mean: Callable[[Callable[[Callable[[Any], Any]], Any]], Any]) -> tuple[Any, Any, Any]:
+        """Value, gradient and state of the link, with one ε for all the loss functions that ``mean`` runs over."""
+
+        def grad_fn(point):
+            return mean(functools.partial(self._gradient, point))
+
+        def value_and_grad_fn(point):
+            return mean(functools.partial(self._loss_and_gradient, point))
+
+        loss, aux, clean = mean(functools.partial(self._loss_aux_and_gradient, self.params))
+        check_same_members("what loss_fn returns", loss, clean, self.params)
+        keywords = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
+        outputs, state = self.estimate.link.update(clean, self.state, self.params, **keywords)
+        return (loss, aux) if self.estimate.has_aux else loss, conjugated(outputs), state
+
+    def _loss_aux_and_gradient(self, point: Any, loss_fn: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+        # At a point that is marked as a member's own, shard_map leaves the gradient a member's own too.
+        (loss, aux), gradient = loss_and_gradient(loss_fn, self._own(point), has_aux=True)
+        return loss, aux, gradient
+
+    def _loss_and_gradient(self, point: Any, loss_fn: Callable[[Any], Any]) -> tuple[Any, Any]:
+        loss, _, gradient = self._loss_aux_and_gradient(point, loss_fn)
+        return loss, gradient
+
+    def _gradient(self, point: Any, loss_fn: Callable[[Any], Any]) -> Any:
+        return self._loss_aux_and_gradient(point, loss_fn)[2]
+
+    def _own(self, tree: Any) -> Any:
+        """The tree, marked as varying over the axes."""
+        axes = self.estimate.axes
+        return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), tree) if axes else tree
+
+    def _loss_of(self, index: Any, batch: dict[int, Any]) -> Callable[[Any], tuple[Any, Any]]:
+        """From params to loss and aux of a micro-batch, which has its own keys, the same in every pass."""
+        estimate = self.estimate
+        args, kwargs = _fold_keys(self.arguments.with_batch(batch), self._number(index))
+
+        def loss_of_micro_batch(params):
+            loss, aux = _loss_and_aux(estimate, params, args, kwargs)
+            return self._own(loss), aux  # marked too: of a loss that is averaged already, a part would be missing
+
+        return loss_of_micro_batch
+
+    def _number(self, index: Any) -> Any:
+        """The index of a micro-batch, counted over all devices; None where there is only one."""
+        axes, size = self.estimate.axes, self.estimate.num_micro_batches
+        if size * (jax.lax.axis_size(axes) if axes else 1) == 1:
+            return None
+        return jax.lax.axis_index(axes) * size + index if axes else index
+
+    def keeping_state_of_padding(self, results: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """The results; where all weights are 0 no state was averaged, and its floats stay as they were."""
-        value, gradient, next_state = results
-        total = jax.lax.psum(vary(weight, self.axes), self.axes) if self.axes else weight
+        if self.weights is None:
+            return results
+        value, gradient, state = results
+        axes, weight = self.estimate.axes, jnp.sum(self.weights)
+        total = jax.lax.psum(vary(weight, axes), axes) if axes else weight
         kept = jax.tree.map(
-            lambda old, new: jnp.where(total == 0, old, new) if is_float(new) else new, state, next_state
+            lambda old, new: jnp.where(total == 0, old, new) if is_float(new) else new, self.state, state
         )
         return value, gradient, kept
 
-    def split_arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, Any]:
-        """The arguments that carry examples, and the others; raises if there is nothing to split, or too little is."""
-        numbers = [number for number in self.batch_argnums if number <= len(args)]
-        batch = tuple(args[number - 1] for number in numbers)
-        others = {number: arg for number, arg in enumerate(args, start=1) if number not in numbers}
-        if self.num_micro_batches > 1:
-            if len(numbers) < len(self.batch_argnums) and len(self.batch_argnums) > 1:
-                raise ValueError(
-                    f"batch_argnums={self.batch_argnums} names an argument that value_and_grad did not get: behind "
-                    f"params and state there are {len(args)}. Pass them by position, as loss_fn takes them."
-                )
-            names = ["batch"] if len(numbers) == 1 else [f"argument {number} of loss_fn" for number in numbers]
-            size = check_batch(dict(zip(names, batch, strict=True)), self.num_micro_batches)
-            self._check_shared(others, kwargs, size)
-        return batch, (others, kwargs)
 
-    def _arguments(self, batch: tuple, others: Any) -> tuple[tuple, dict[str, Any]]:
-        """What ``split_arguments`` took apart."""
-        rest, kwargs = others
-        args = rest | dict(zip(self.batch_argnums, batch, strict=False))
-        return tuple(args[number] for number in sorted(args)), kwargs
+def _evaluated_on(loss_fn: Callable[[Any], Any], evaluate: Callable[[Callable[[Any], Any]], Any]) -> Any:
+    """The mean over one loss function."""
+    return evaluate(loss_fn)
 
-    def _check_own_loss(self, params: Any, batch: tuple, others: Any) -> None:
-        """Raises if loss_fn communicates: a member's gradient would hold parts of losses that have other weights."""
-        args, kwargs = self._arguments(batch, others)
-        if communicates(lambda params: self.loss_fn(params, *args, **kwargs), self.axes, params):
-            raise ValueError(
-                f"With weight_fn, loss_fn must not communicate over {self.axes}, as it does with a jax.lax collective: "
-                "a weight is of one member. Leave the average to the estimator, or weigh in loss_fn and drop weight_fn."
+
+def _loss_and_aux(estimate: _Estimate, params: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """What loss_fn returns, refused unless that is the loss, or the loss and aux."""
+    try:
+        value = estimate.loss_fn(params, *args, **kwargs)
+    except Exception as error:
+        if type(error).__name__ == "TraceContextError":
+            error.add_note(
+                "loss_fn changes a Flax NNX object from outside, such as nnx.Rngs or a model with dropout. Split it "
+                "there, and in loss_fn use `nnx.merge(graphdef, params, rest, copy=True)`."
             )
-
-    def _check_shared(self, others: dict[int, Any], kwargs: dict[str, Any], size: int) -> None:
-        """Raises if an argument that is not split could hold examples: it would be broadcast, silently."""
-        named = {f"argument {number} of loss_fn": (arg, number) for number, arg in others.items()}
-        named |= {f"keyword {name} of loss_fn": (arg, None) for name, arg in kwargs.items()}
-        for name, (tree, number) in named.items():
-            for leaf in jax.tree.leaves(tree):
-                if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim and leaf.shape[0] == size:
-                    cure = "pass it by position and name that in batch_argnums"
-                    if number is not None:
-                        cure = f"pass batch_argnums={(*self.batch_argnums, number)}"
-                    raise ValueError(
-                        f"{name} has a leading axis of {size}, as the batch has, and is not split into micro-batches. "
-                        f"If it holds examples, {cure}; if all micro-batches share it, let loss_fn close over it, or "
-                        "give it another leading axis, x[None]."
-                    )
-
-    def _weights(self, batch: tuple, others: Any) -> jax.Array | None:
-        """The weight of each micro-batch, (num_micro_batches,) in float32 or wider."""
-        if self.weight_fn is None:
-            return None
-        weight_fn = self.weight_fn
-
-        def weight(micro_batch):
-            args, kwargs = self._arguments(micro_batch, others)
-            value = weight_fn(*args, **kwargs)
-            check_real("what weight_fn returns", value)
-            return jnp.asarray(value, jnp.result_type(float))
-
-        return weights_of_micro_batches(weight, batch, self.num_micro_batches)
-
-    def _loss(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """What loss_fn returns, refused unless that is the loss, or the loss and aux."""
-        try:
-            value = self.loss_fn(params, *args, **kwargs)
-        except Exception as error:
-            if type(error).__name__ == "TraceContextError":
-                error.add_note(
-                    "loss_fn changes a Flax NNX object from outside, such as nnx.Rngs or a model with dropout. Split it"
-                    " outside, and in loss_fn use a copy: `nnx.merge(graphdef, params, rest, copy=True)`."
-                )
-            raise
-        if not self.has_aux:
-            check_loss("what loss_fn returns", value, cure="for (loss, aux) pass has_aux=True")
-            return value
-        check_pair("loss_fn", value, "(loss, aux), as has_aux=True says")
-        check_loss("the first of what loss_fn returns", value[0])
-        if self.num_micro_batches > 1 or self.axes or self.weight_fn:
-            check_arrays("aux", value[1])
-        return value
-
-    def _micro_batch_number(self, index: Any) -> Any:
-        """The index of a micro-batch, counted over all members of the axes; None where there is only one."""
-        if self.num_micro_batches * (jax.lax.axis_size(self.axes) if self.axes else 1) == 1:
-            return None
-        return jax.lax.axis_index(self.axes) * self.num_micro_batches + index if self.axes else index
+        raise
+    if not estimate.has_aux:
+        check_loss("what loss_fn returns", value)
+        return value, None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:  # an array of two losses would come apart
+        raise TypeError(f"loss_fn must return (loss, aux), as has_aux=True says; got {value!r}.")
+    check_loss("the first of what loss_fn returns", value[0])
+    if estimate.num_micro_batches > 1 or estimate.axes or estimate.weight_fn:
+        check_arrays("aux", value[1])
+    return value[0], value[1]
 
 
-def _on_the_devices_of_the_batch(estimate: _Estimate) -> ValueAndGradFn:
-    """``estimate.run``, on each device by itself where it is known to hold whole micro-batches: no example moves."""
+def _weights_of(estimate: _Estimate, params: Any, arguments: _Arguments) -> jax.Array | None:
+    """The weight of each micro-batch, (num_micro_batches,) in float32 or wider."""
+    weight_fn, loss_fn = estimate.weight_fn, estimate.loss_fn
+    if weight_fn is None:
+        return None
+    args, kwargs = arguments.with_batch(arguments.batch)
+    if estimate.axes and communicates(lambda params: loss_fn(params, *args, **kwargs), estimate.axes, params):
+        raise ValueError(  # a member's gradient would hold parts of losses that have other weights
+            f"With weight_fn, loss_fn must not communicate over {estimate.axes}, as it does with a jax.lax collective. "
+            "Leave the average to the estimator."
+        )
 
-    def value_and_grad(params, state, /, *args, **kwargs):
-        num_micro_batches = estimate.num_micro_batches
-        batch, others = estimate.split_arguments(args, kwargs)
-        if num_micro_batches > 1:
-            mesh, mesh_axes = mesh_axes_of_examples(batch, (params, state, others))
-            devices = num_devices(mesh, mesh_axes)
-            if mesh_axes and num_micro_batches % devices == 0 and not estimate.axes:
-                own = estimate._replace(num_micro_batches=num_micro_batches // devices, axes=mesh_axes)
-                return on_each_device(own.run, mesh, mesh_axes)(params, state, batch, others)
-        return estimate.run(params, state, batch, others)
+    def weight(batch):
+        args, kwargs = arguments.with_batch(batch)
+        value = weight_fn(*args, **kwargs)
+        check_real("what weight_fn returns", value)
+        return jnp.asarray(value, jnp.result_type(float))
 
-    return value_and_grad
-
-
-def _checked_arguments(init: Callable[[Any], optax.OptState], function: ValueAndGradFn) -> ValueAndGradFn:
-    """The function; raises unless params are floating-point and the state has the structure that ``init`` makes."""
-
-    def value_and_grad(params, state, /, *args, **kwargs):
-        check_floating("params", params)
-        structure, expected = jax.tree.structure(state), jax.tree.structure(jax.eval_shape(init, params))
-        if structure != expected:
-            raise ValueError(
-                f"state must be what init(params) or the last value_and_grad returned, {expected}; got {structure}. "
-                "Call value_and_grad(params, state, batch)."
-            )
-        return function(params, state, *args, **kwargs)
-
-    return value_and_grad
+    return weights_of_micro_batches(weight, arguments.batch, estimate.num_micro_batches)
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], link: optax.GradientTransformation, **options: Any
-) -> Callable[..., tuple[Any, Any]]:
+    loss_fn: Callable[Concatenate[Params, ...], Value],
+    link: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    num_micro_batches: int = 1,
+    ascent_per: AscentPer = "micro_batch",
+    strategy: Strategy = "auto",
+    axis_name: AxisNames | None = None,
+    batch_argnums: int | Sequence[int] = 1,
+    weight_fn: Callable[..., jax.typing.ArrayLike] | None = None,
+) -> Callable[Concatenate[Params, ...], tuple[Value, Params]]:
     """Drop-in for ``jax.value_and_grad``: the same call and the same result, with the link's gradient.
 
     Args:
         loss_fn: function to differentiate with respect to its first argument; see :func:`gradient_estimator`.
         link: a link without arrays in its state, such as ``sam(0.05)`` with a constant rho.
-        **options: the keywords of :func:`gradient_estimator`: ``has_aux``, ``num_micro_batches``, ``ascent_per``,
-            ``strategy``, ``axis_name``, ``batch_argnums``, ``weight_fn``.
+        has_aux: this and the following as in :func:`gradient_estimator`.
+        num_micro_batches: M ≥ 1.
+        ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
+        strategy: ``"auto"``, ``"vmap"``, ``"scan"`` or ``"unroll"``.
+        axis_name: axis whose members hold further parts of the batch.
+        batch_argnums: which arguments of loss_fn hold examples.
+        weight_fn: from the examples to the weight of a micro-batch.
 
     Returns:
         A function of ``(params, batch, *args, **kwargs)`` that returns ``(loss, grads)``, or ``((loss, aux), grads)``.
@@ -407,15 +429,25 @@ def value_and_grad(
         >>> print(f"{loss:.1f} {grads:.1f}")
         1.0 2.2
     """
-    estimator = gradient_estimator(loss_fn, link, **options)
+    estimator = gradient_estimator(
+        loss_fn,
+        link,
+        has_aux=has_aux,
+        num_micro_batches=num_micro_batches,
+        ascent_per=ascent_per,
+        strategy=strategy,
+        axis_name=axis_name,
+        batch_argnums=batch_argnums,
+        weight_fn=weight_fn,
+    )
 
     def stateless(params, /, *args, **kwargs):
-        check_floating("params", params)
+        check_params("params", params)
         state = jax.eval_shape(estimator.init, params)
         if jax.tree.leaves(state):
             raise ValueError(
-                f"value_and_grad keeps no state, and this link carries one: {state}. Use `gradient_estimator(loss_fn, "
-                "link)`, whose value_and_grad takes the state and returns the new one."
+                f"value_and_grad keeps no state, and this link carries one: {state}. Use `gradient_estimator`, whose "
+                "value_and_grad takes and returns it."
             )
         value, gradient, _ = estimator.value_and_grad(params, state, *args, **kwargs)
         return value, gradient
@@ -426,12 +458,10 @@ def value_and_grad(
 def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
     """The positions, in ascending order."""
     numbers = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
-    if not numbers or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in numbers):
-        raise TypeError(f"batch_argnums must be an int or a tuple of ints; got {batch_argnums!r}.")
-    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
-        raise ValueError(
-            f"batch_argnums must be different positions behind params, which are argument 0; got {batch_argnums!r}."
-        )
+    for number in numbers:
+        check_int("batch_argnums", number)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"batch_argnums must be different positions behind params; got {batch_argnums!r}.")
     return tuple(sorted(map(int, numbers)))
 
 

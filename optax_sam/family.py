@@ -234,10 +234,6 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
-    if isinstance(start, float):
-        raise TypeError(
-            f"start must be an int, a step; got {start=}. For a part of training pass int(0.9 * num_steps)."
-        )
     check_int("start", start, least=0)
     return switch_at({0: optax.identity(), start: as_link("inner", inner)})
 
@@ -247,8 +243,8 @@ def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.Gr
         return ascent
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
         raise TypeError(
-            f"mask must be a tree of booleans or a function from the params to one; got {mask!r} for all params. If it "
-            "was a function, optax.inject_hyperparams took it for a schedule: pass static_args='mask' there."
+            f"mask must be a tree of booleans or a function to one; got {mask!r}, as optax.inject_hyperparams makes of "
+            "a function. Pass static_args='mask' there."
         )
     check_mask(mask)
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_sam._axes import check_declared, vary, varying_axes
@@ -17,14 +16,15 @@ from optax_sam._checks import (
     NO_PARAMS_MESSAGE,
     as_link,
     check_alike,
-    check_floating,
     check_function,
     check_int,
-    check_loss,
+    check_params,
     check_state,
-    check_width,
 )
+from optax_sam._evaluation import evaluation
 from optax_sam._rounding import rounded_sum
+
+GRADIENT_ALONE = " Take the gradient alone, as jax.grad(loss_fn) returns it: no (value, gradient), no (gradient, aux)."
 
 
 class SharpnessAwareState(NamedTuple):
@@ -97,7 +97,7 @@ def sharpness_aware(
     ascent = as_link("ascent", ascent)
     check_int("steps", steps)
     if projection is not None:
-        check_function("projection", projection, "the perturbation")
+        check_function("projection", projection)
 
     def init(params):
         return SharpnessAwareState(ascent_state=ascent.init(params))
@@ -106,17 +106,19 @@ def sharpness_aware(
         if params is None:
             raise ValueError(NO_PARAMS_MESSAGE)
         check_state(state, SharpnessAwareState)
-        gradient_at = _gradient_function(grad_fn, value_fn, batch, params, extra_args)
-        check_floating("params", params)
-        check_width(params)
-        _check_gradient("updates", updates, params)
+        _check_whole(params)
+        check_params("params", params)
+        check_alike("updates", updates, "params", params, cure=GRADIENT_ALONE)
         check_declared(params, updates, shards)
+        value_fn = value_fn if grad_fn is None else None  # no forward pass for a loss that nobody reads
+        evaluate = evaluation(params, grad_fn=grad_fn, value_fn=value_fn, others=extra_args)
+        examples = () if batch is None else (batch,)
         gradient, ascent_state = updates, state.ascent_state
         perturbation, point = None, params
         for step in range(steps):
             climb, next_state = ascent.update(gradient, state.ascent_state, point, shards=shards, **extra_args)
-            check_alike("what ascent returned", climb, "the params", params)
-            if step == 0:
+            check_alike("what ascent returned", climb, "params", params)
+            if step == 0:  # the state is that of one update, or a schedule of rho would count ascents
                 perturbation, ascent_state = climb, next_state
             else:
                 perturbation = optax.tree.add(perturbation, climb)
@@ -125,117 +127,21 @@ def sharpness_aware(
                 check_alike("what projection returned", projected, "the perturbation", perturbation)
                 perturbation = optax.tree.cast_like(jax.tree.map(jnp.asarray, projected), perturbation)
             point = _displaced(params, perturbation, like=updates)
-            gradient = gradient_at(point)
-            _check_gradient("the gradient that grad_fn returned", gradient, params)
+            _, gradient = evaluate(point, *examples)
+            check_alike("the gradient that grad_fn returned", gradient, "params", params, cure=GRADIENT_ALONE)
         return gradient, SharpnessAwareState(ascent_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _gradient_function(grad_fn: Any, value_fn: Any, batch: Any, params: Any, others: Any) -> Callable[[Any], Any]:
-    """The function params → gradient that the keywords of ``update`` describe."""
-    for name, function in (("grad_fn", grad_fn), ("value_fn", value_fn)):
-        if function is not None:
-            check_function(name, function, "the params")
-    if grad_fn is None:
-        if value_fn is None:
-            raise ValueError(
-                "A sharpness-aware update evaluates the gradient again, and got neither grad_fn nor value_fn"
-                f"{', only ' + ', '.join(sorted(others)) if others else ''}. Call `tx.update(grads, state, params, "
-                "grad_fn=jax.grad(loss_fn), batch=batch)` or pass `value_fn=loss_fn`; where a wrapper such as Flax's "
-                "TrainState.apply_gradients forwards no keywords, use `gradient_estimator(loss_fn, link)`."
-            )
-        grad_fn = _own_gradient(value_fn, params)
-
-    def gradient_at(point):
-        try:
-            return grad_fn(point) if batch is None else grad_fn(point, batch)
-        except Exception as error:
-            if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
-                error.add_note(
-                    "The params came as one flat array. If optax.flatten is around this link, put the link in front: "
-                    "`optax.chain(sam(rho), optax.flatten(...))`."
-                )
-            raise
-
-    return gradient_at
-
-
-def _own_gradient(value_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
-    """The gradient of value_fn, refused where ``shard_map`` makes it that of other members than the value."""
-
-    def gradient_at(*args):
-        value, gradient = jax.value_and_grad(returning_loss("value_fn", value_fn))(*args)
-        check_same_members("What value_fn returns", value, gradient, params)
-        return conjugated(gradient)
-
-    return gradient_at
-
-
-def conjugated(gradient: Any) -> Any:
-    """The gradient, conjugated where it is complex: the loss rises along the conjugate of what ``jax.grad`` returns."""
-    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradient)
-
-
-def returning_loss(name: str, value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, refused when it returns something else than the loss."""
-
-    def checked(*args):
-        loss = value_fn(*args)
-        check_loss(f"what {name} returns", loss)
-        return loss
-
-    return checked
-
-
-def check_same_members(name: str, value: jax.Array, gradient: Any, params: Any) -> None:
-    """Raises unless ``shard_map`` made the gradient of a value that of the same members of its axes."""
-    for leaf in jax.tree.leaves(gradient):
-        for axis in sorted(varying_axes(value) - varying_axes(leaf)):
-            raise ValueError(
-                f"{name} varies over the mapped axis {axis!r} and its gradient does not: shard_map summed it over the "
-                f"devices, because params are replicated. Let `gradient_estimator(loss_fn, link, axis_name={axis!r})` "
-                f"average; or average the loss, with jax.lax.pmean(loss, {axis!r})."
-            )
-    check_not_averaged(name, value, gradient, params)
-
-
-def check_not_averaged(name: str, value: jax.Array, gradient: Any, params: Any) -> None:
-    """Raises if a gradient is a member's own and the value is that of all members of a mapped axis."""
-    for leaf, param in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=True):
-        for axis in sorted(varying_axes(leaf) - varying_axes(value) - varying_axes(param)):
-            raise ValueError(
-                f"{name} is averaged over the mapped axis {axis!r} and the gradient is a member's own: under shard_map "
-                "that of an averaged loss is too small by the size of the axis. Take jax.lax.pmean out of the loss and "
-                f"let micro_batched average, or use `gradient_estimator(loss_fn, link, axis_name={axis!r})`."
-            )
-
-
-def _check_gradient(what: str, gradient: Any, params: Any) -> None:
-    """Raises unless gradient has the structure and shapes of params."""
-    if isinstance(params, optax.LookaheadParams):
+def _check_whole(params: Any) -> None:
+    """Raises for params that ``optax.masked`` or ``optax.partition`` took leaves out of: a loss needs all of them."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
-            "The params are optax.LookaheadParams, and the loss is of params.fast. Take the gradient with "
-            "`gradient_estimator(loss_fn, link)` at params.fast, and give it to optax.lookahead."
+            "The params hold optax.MaskedNode, and no loss can be evaluated inside of optax.masked or optax.partition. "
+            "Put the link in front of them; to perturb some leaves alone, sam(rho, mask=mask)."
         )
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(params, is_leaf=_is_masked)):
-        raise ValueError(
-            "The params contain optax.MaskedNode: this link stands inside optax.masked or optax.partition, where the "
-            "loss cannot be evaluated. Put the link before them, `optax.chain(sam(rho), optax.masked(...))`; to "
-            "perturb only some of the leaves use the `mask` argument of the recipes."
-        )
-    is_like_params = jax.tree.structure(gradient) == jax.tree.structure(params)
-    if isinstance(gradient, tuple) and not isinstance(params, tuple) and not is_like_params:
-        raise TypeError(
-            f"{what} is a tuple of length {len(gradient)}, as functions made by jax.value_and_grad or with "
-            "has_aux=True return; take the gradient out of it, or use jax.grad(loss_fn), which returns it alone."
-        )
-    check_alike(what, gradient, "the params", params)
-    check_floating(what, gradient, cure="Pass what jax.grad(loss_fn) returns")
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def _displaced(params: Any, perturbation: Any, like: Any) -> Any:

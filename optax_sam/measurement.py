@@ -5,7 +5,6 @@ gradient is added, and no forward pass where loss and gradient come from one fun
 links have no overhead.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import get_opaque_trace_state
 
-from optax_sam._axes import Declared, check_declared, noting_averages, varying_axes
-from optax_sam._checks import as_link, check_function, check_loss, check_pair, check_state
+from optax_sam._axes import Declared, check_declared, check_same_members
+from optax_sam._checks import as_link, check_loss, check_state
+from optax_sam._evaluation import evaluation
 from optax_sam._norms import at_length, norm, wide, widen
-from optax_sam.link import check_not_averaged, check_same_members, conjugated, returning_loss
+from optax_sam.averaging import check_no_average
 from optax_sam.switching import Switch, SwitchState
 
 
@@ -109,38 +109,37 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update(updates, state, params=None, *, value=None, value_fn=None, shards=(), **extra_args):
         check_state(state, MeasuredState)
+        check_no_average("measured", state.link_state)
         check_declared(params, updates, shards)
-        if value is None:
-            raise ValueError(_missing("value"))
-        clean_loss = _checked_loss("value", value, updates, params)
-        functions = value_fn, extra_args.pop("grad_fn", None), extra_args.pop("value_and_grad_fn", None)
-        evaluate = _evaluation(*functions, params)
+        functions = {name: extra_args.pop(name, None) for name in ("grad_fn", "value_and_grad_fn")}
+        if value is None or (value_fn is None and functions["value_and_grad_fn"] is None):
+            raise ValueError(
+                f"measured(link) records the losses at w and w + ε; got {value=} and {value_fn=}. Call "
+                "`tx.update(grads, state, params, value=loss, value_fn=loss_fn, batch=batch)`, or use "
+                "`gradient_estimator(loss_fn, measured(link))`, which has them."
+            )
+        check_loss("value", value)
+        check_same_members("value", value, updates, params)
+        evaluate = evaluation(params, value_fn=value_fn, **functions)
         trace, noted = get_opaque_trace_state(), []
 
         def grad_fn(point, *batch):
-            if get_opaque_trace_state() != trace:
+            if get_opaque_trace_state() != trace:  # what is noted in a branch would be a tracer that leaks out of it
                 raise ValueError(
-                    "measured(link): link evaluates a gradient inside of a branch, a loop or a map of its own, which "
-                    "no measurement can leave. Measure inside of it: `micro_batched(measured(sam(rho)))`, and of a "
-                    "chain with a switch the switch alone: `optax.chain(measured(late(sam(rho), start)), ...)`."
+                    "measured(link): link evaluates a gradient inside of a branch, a loop or a map, which no "
+                    "measurement can leave. Measure inside of it, `micro_batched(measured(sam(rho)))`, and of a chain "
+                    "with a switch the switch alone, `optax.chain(measured(late(sam(rho), start)), ...)`."
                 )
             loss, gradient = evaluate(point, *batch)
             noted[:] = [(point, loss)]
             return gradient
 
         extra_args |= {"value": value, "value_fn": value_fn, "grad_fn": grad_fn, "shards": shards}
-        with noting_averages() as averages:
-            outputs, link_state = link.update(updates, state.link_state, params, **extra_args)
-        if averages:
-            raise ValueError(
-                f"measured(link): link averages over {' and '.join(sorted(averages))}, so that what it got and what "
-                "it returned are of different examples. Averaging belongs around the measurement: "
-                "`micro_batched(measured(sam(rho)))`."
-            )
-        point, perturbed_loss = noted[0] if noted else (None, clean_loss)
+        outputs, link_state = link.update(updates, state.link_state, params, **extra_args)
+        point, perturbed_loss = noted[0] if noted else (None, value)
         displacement = jax.tree.map(lambda p, w: widen(p) - widen(w), point, params) if noted else None
         norms = _norms_and_cosine(updates, displacement, outputs, shards)
-        losses = [jnp.array(loss, jnp.float32) for loss in (clean_loss, perturbed_loss)]  # copies: states are donated
+        losses = [jnp.array(loss, jnp.float32) for loss in (value, perturbed_loss)]  # copies: states are donated
         return outputs, MeasuredState(link_state, Measurements(*norms, *losses, active=jnp.float32(bool(noted))))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -167,98 +166,46 @@ def measurements(state: Any) -> Measurements:
         >>> print(measurements(link.init(jnp.zeros(2))).active)
         0.0
     """
-    found = _found_in(state)
+    found = _found_in(state, "this state")
     if not found:
         raise ValueError(
             f"measurements(state): no measured link in this state, a {type(state).__name__}. Build the transformation "
-            "with one, `optax.chain(measured(sam(rho)), ...)`, and pass the state with its types: nnx.state and "
-            "checkpoints that are restored without a target have lost them."
+            "with one, `optax.chain(measured(sam(rho)), ...)`; nnx.state and checkpoints that are restored without a "
+            "target have lost the types."
         )
-    _check_single(found, "this state")
     return found[0]
 
 
-def _found_in(state: Any) -> list[Measurements]:
-    """The measurements in a state, with one for all the phases of a switch."""
+def _found_in(state: Any, where: str) -> list[Measurements]:
+    """The measurements in a state, one at most; of a switch those of the current phase."""
     found = []
     for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, (MeasuredState, SwitchState))):
         if isinstance(node, MeasuredState):
             arrays = jax.tree.leaves(node.measurements)  # without the references that Flax NNX wraps them in
-            found += [Measurements(*arrays), *_found_in(node.link_state)]
+            found += [Measurements(*arrays), *_found_in(node.link_state, where)]
         elif isinstance(node, SwitchState):
             found += _found_in_phases(node)
+    if len(found) > 1:
+        raise ValueError(
+            f"measurements(state): {len(found)} measured links in {where}. Pass the part of the state of one."
+        )
     return found
 
 
 def _found_in_phases(switch: SwitchState) -> list[Measurements]:
-    phases = [_found_in(link_state) for link_state in switch.link_states]
+    phases = [_found_in(state, f"phase {index} of a switch") for index, state in enumerate(switch.link_states)]
     if not any(phases):
         return []
-    for index, found in enumerate(phases):
-        if not found:
-            raise ValueError(
-                f"measurements(state): phase {index} of a switch has no measured link and another has. Measure each "
-                "phase; a plain one is `measured(optax.identity())`."
-            )
-        _check_single(found, f"phase {index} of a switch")
+    if not all(phases):
+        raise ValueError(
+            f"measurements(state): phase {phases.index([])} of a switch has no measured link and another has. Measure "
+            "the switch, `measured(late(sam(rho), start))`, or each phase, a plain one by `measured(optax.identity())`."
+        )
     [current], *others = phases
     for index, [other] in enumerate(others, start=1):
         is_current = switch.phase == index
         current = jax.tree.map(lambda a, b, is_current=is_current: jnp.where(is_current, b, a), current, other)
     return [current]
-
-
-def _check_single(found: list[Measurements], where: str) -> None:
-    if len(found) > 1:
-        raise ValueError(
-            f"measurements(state): {len(found)} measured links in {where}, which are not phases of one switch. Read "
-            "the part of the state that belongs to one of them."
-        )
-
-
-def _evaluation(
-    value_fn: Any, grad_fn: Any, value_and_grad_fn: Any, params: Any
-) -> Callable[..., tuple[jax.Array, Any]]:
-    """The function of params (and a batch) to loss and gradient that the keywords of ``update`` describe."""
-    if value_and_grad_fn is None and value_fn is None:
-        raise ValueError(_missing("value_fn"))
-    for name, function in (("value_fn", value_fn), ("grad_fn", grad_fn), ("value_and_grad_fn", value_and_grad_fn)):
-        if function is not None:
-            check_function(name, function, "the params")
-
-    def evaluate(*args):
-        if value_and_grad_fn is None and grad_fn is not None:
-            loss, gradient = value_fn(*args), grad_fn(*args)
-            return _checked_loss("what value_fn returns", loss, gradient, params), gradient
-        name = "value_fn" if value_and_grad_fn is None else "value_and_grad_fn"
-        pair = (value_and_grad_fn or jax.value_and_grad(returning_loss(name, value_fn)))(*args)
-        check_pair(name, pair, "the loss and its gradient")
-        loss, gradient = pair
-        check_loss(f"the first of what {name} returns", loss)
-        check_same_members(f"What {name} returns", loss, gradient, params)
-        return loss, gradient if value_and_grad_fn else conjugated(gradient)
-
-    return evaluate
-
-
-def _checked_loss(name: str, loss: Any, gradient: Any, params: Any) -> jax.Array:
-    """The loss, refused unless it is a scalar that is averaged over what the gradient is averaged over."""
-    check_loss(name, loss)
-    for axis in sorted(varying_axes(loss) - varying_axes(gradient)):
-        raise ValueError(
-            f"{name} varies over the mapped axis {axis!r} and the gradient does not: average it too, "
-            f"`jax.lax.pmean(loss, {axis!r})`."
-        )
-    check_not_averaged(name, loss, gradient, params)
-    return loss
-
-
-def _missing(name: str) -> str:
-    return (
-        f"measured(link) records the losses at w and w + ε, and got no {name}. Call `tx.update(grads, state, params, "
-        "value=loss, value_fn=loss_fn, batch=batch)`, or use `gradient_estimator(loss_fn, measured(link))`, which has "
-        "them."
-    )
 
 
 def _norms_and_cosine(clean: Any, displacement: Any, outputs: Any, shards: Declared) -> list[jax.Array]:

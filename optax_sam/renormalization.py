@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._axes import check_declared, noting_averages
+from optax_sam._axes import check_declared
 from optax_sam._checks import as_link, check_nonnegative
 from optax_sam._norms import at_length, norm
+from optax_sam.averaging import check_no_average
 
 
 def renormalized(
@@ -49,14 +50,8 @@ def renormalized(
 
     def update(updates, state, params=None, *, shards=(), **extra_args):
         check_declared(params, updates, shards)
-        with noting_averages() as averages:
-            outputs, state = inner.update(updates, state, params, shards=shards, **extra_args)
-        if averages:
-            raise ValueError(
-                f"renormalized(inner): inner averages over {' and '.join(sorted(averages))}, and the norm of an "
-                "average is not that of what it was made of. Averaging belongs around the renormalization: "
-                "`micro_batched(renormalized(inner))`."
-            )
+        check_no_average("renormalized", state)
+        outputs, state = inner.update(updates, state, params, shards=shards, **extra_args)
         length, current = norm(updates, shards), norm(outputs, shards)
         if max_scale is not None:
             length = jnp.minimum(length, jnp.asarray(max_scale).astype(current.dtype) * current)

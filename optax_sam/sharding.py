@@ -3,13 +3,9 @@ r"""Sharding: links for params that are sharded over a mapped axis, as in hand-w
 Under ``jax.jit`` arrays are global however they are sharded, and so are their norms: nothing is needed there.
 """
 
-import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import optax
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from optax_sam._axes import AxisNames, Shards, as_axes
 from optax_sam._checks import as_link, check_mask
@@ -67,55 +63,3 @@ def sharded(
         return inner.update(updates, state, params, shards=declared, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def mesh_axes_of_examples(batch: Any, others: Any) -> tuple[AbstractMesh, tuple[str, ...]]:
-    """The mesh, and its axes over which the leading axis of all leaves of batch is sharded, and nothing else is.
-
-    Known for the Explicit axes of a mesh only; none for a batch on one device or on an Auto mesh.
-    """
-    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
-    examples = {(sharding.mesh, axes_in(sharding.spec[:1])) for sharding in shardings}
-    rest = [sharding.spec[1:] for sharding in shardings]
-    rest += [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(others) if isinstance(leaf, jax.Array)]
-    if len(examples) != 1:
-        return jax.sharding.get_abstract_mesh(), ()
-    [(mesh, axes)] = examples
-    return mesh, () if any(set(axes) & set(axes_in(spec)) for spec in rest) else axes
-
-
-def axes_in(spec: Iterable[Any]) -> tuple[str, ...]:
-    """The mesh axes in a PartitionSpec."""
-    return tuple(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
-
-
-def num_devices(mesh: AbstractMesh, axes: Iterable[str]) -> int:
-    """The number of devices along the axes of a mesh."""
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """``function(params, state, batch, others)`` mapped over the devices that hold the examples of the batch."""
-
-    def mapped(params, state, batch, others):
-        leaves, structure = jax.tree.flatten(others)
-        arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
-
-        def member(params, state, batch, arrays):
-            merged = [own if array is None else array for own, array in zip(leaves, arrays, strict=True)]
-            return function(params, state, batch, jax.tree.unflatten(structure, merged))
-
-        everywhere, examples = PartitionSpec(), PartitionSpec(axes)
-        specs = everywhere, everywhere, examples, everywhere
-        on_devices = jax.shard_map(member, mesh=mesh, in_specs=specs, out_specs=everywhere, axis_names=set(axes))
-        try:
-            return on_devices(params, state, batch, arrays)
-        except Exception as error:
-            error.add_note(
-                f"The batch is sharded over {axes} of an Explicit mesh, so each device takes whole micro-batches, in a "
-                f"jax.shard_map over {axes}: loss_fn must not name {axes} in out_sharding there, and arrays on the "
-                "mesh must be passed to it as arguments instead of being closed over."
-            )
-            raise
-
-    return mapped

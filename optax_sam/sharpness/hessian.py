@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam._checks import check_int, check_nonnegative, check_positive
+from optax_sam._checks import check_int, check_nonnegative
 from optax_sam.sharpness.lanczos import NOT_FINITE_MESSAGE, inner_product, projections, random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
     LossFn,
     as_positions,
+    as_real,
     checked_loss,
     estimate,
     keys_of,
-    on_host,
     once_per_loss,
     shown,
     sized,
@@ -64,7 +64,7 @@ class SpectralDensity(NamedTuple):
 
     def smoothed(self, positions: np.ndarray, width: float) -> np.ndarray:
         """The density at (P,) positions, as a sum of Gaussians with standard deviation ``width``."""
-        check_positive("width", width)
+        check_nonnegative("width", width, zero=False)
         distances = (as_positions(positions)[:, None, None] - self.nodes) / width
         bells = np.exp(-0.5 * distances**2) / (width * np.sqrt(2 * np.pi))
         return np.sum(bells * self.weights, axis=(1, 2)) / len(self.nodes)
@@ -121,9 +121,7 @@ def hessian_eigenvalues(
         Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian Eigenvalue Density
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
-    params = on_host("params", params)
-    check_int("max_products", max_products)
-    check_nonnegative("rtol", rtol)
+    params = as_real("params", params)
     check_int("k", k)
     check_int("num_smallest", num_smallest, least=0)
     size, wanted = _dimension(params), k + num_smallest
@@ -194,8 +192,7 @@ def hessian_trace(
         Hutchinson, `A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines
         <https://doi.org/10.1080/03610918908812806>`_, 1989
     """
-    params = on_host("params", params)
-    check_int("num_probes", num_probes, least=2)
+    params = as_real("params", params)
     hessian = _hessian(loss_fn, params, batches)
     draw = random_vectors(jax.random.rademacher, params)
     samples = []
@@ -247,9 +244,7 @@ def spectral_density(
         Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian Eigenvalue Density
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
-    params = on_host("params", params)
-    check_int("num_probes", num_probes)
-    check_int("num_products", num_products)
+    params = as_real("params", params)
     num_products = min(num_products, _dimension(params))
     hessian = _hessian(loss_fn, params, batches)
     draw = random_vectors(jax.random.normal, params)

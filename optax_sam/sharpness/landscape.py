@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam._checks import check_alike, check_positive
+from optax_sam._checks import check_alike, check_nonnegative
 from optax_sam.sharpness.lanczos import random_vectors
-from optax_sam.sharpness.streaming import LossFn, as_positions, keys_of, loss_of_sum, means_over, on_host
+from optax_sam.sharpness.streaming import LossFn, as_positions, as_real, keys_of, loss_of_sum, means_over
 
 
 class Line(NamedTuple):
@@ -86,9 +86,9 @@ def loss_along(
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
-    first, second = on_host("first", first), on_host("second", second)
+    first, second = as_real("first", first), as_real("second", second)
     check_alike("second", second, "first", first)
-    check_positive("h", h)
+    check_nonnegative("h", h, zero=False)
     positions = as_positions(np.linspace(-0.2, 1.2, 29) if positions is None else positions)
     # Neighbours that coincide to rounding are evaluated once.
     points = np.unique(np.round(np.concatenate([positions - h, positions, positions + h]), 12))
@@ -141,7 +141,7 @@ def loss_surface(
     Reference:
         Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_, 2018
     """
-    params = on_host("params", params)
+    params = as_real("params", params)
     if all(leaf.ndim < 2 for leaf in jax.tree.leaves(params)):
         shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
         raise ValueError(f"params must have a leaf of two or more axes, with filters to normalize; got {shapes=}.")

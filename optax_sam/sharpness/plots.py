@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_sam._checks import check_positive
 from optax_sam.sharpness.hessian import Eigenvalues, SpectralDensity
 from optax_sam.sharpness.landscape import Line, Surface
 
@@ -75,7 +74,6 @@ def plot_spectral_density(
     low, high = float(np.min(density.nodes)), float(np.max(density.nodes))
     if width is None:
         width = (high - low or abs(high) or 1.0) / 100
-    check_positive("width", width)
     axes = _axes(axes)
     positions = np.linspace(low - 5 * width, high + 5 * width, 2_001)
     values = density.smoothed(positions, width)

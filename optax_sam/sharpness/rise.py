@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._axes import varying_axes
-from optax_sam._checks import check_int, check_nonnegative
+from optax_sam._axes import check_same_members, varying_axes
+from optax_sam._checks import check_nonnegative
 from optax_sam._convolution import canonicalized
-from optax_sam._means import check_batch, mean_over_micro_batches
+from optax_sam._means import leading_size, mean_over_micro_batches
 from optax_sam.ascent import normalized_ascent
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
@@ -26,7 +26,6 @@ from optax_sam.sharpness.streaming import (
     keys_of,
     loss_of_sum,
     means_over,
-    on_host,
     once_per_loss,
 )
 
@@ -73,10 +72,8 @@ def m_sharpness(
     """
     params = as_real("params", params)
     check_nonnegative("rho", rho)
-    check_int("num_micro_batches", num_micro_batches)
-    check_int("steps", steps)
     if num_micro_batches > 1:
-        check_batch({"batch": batch}, num_micro_batches)
+        leading_size(batch=batch)  # leaves of several sizes may all be divisible
     return _worst_rise(loss_fn, num_micro_batches, steps)(params, rho, batch)
 
 
@@ -121,9 +118,7 @@ def average_sharpness(
         Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware Minimization
         <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    params = on_host("params", params)
-    check_nonnegative("sigma", sigma)
-    check_int("num_samples", num_samples, least=2)
+    params = as_real("params", params)
     loss, draw = loss_of_sum(loss_fn), random_vectors(jax.random.normal, params)
     samples = keys_of(key, num_samples)
     points = [(0.0, samples[0]), *((float(sigma), sample) for sample in samples)]
@@ -164,14 +159,9 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
 
 def _check_axes(value: jax.Array, params: Any, gradient: Any) -> None:
     """Raises where ``shard_map`` summed the gradient, or where norms would be those of shards."""
-    for axis in sorted(varying_axes(value) - varying_axes(gradient)):
-        raise ValueError(
-            f"loss_fn varies over the mapped axis {axis!r} and its gradient does not: shard_map summed it. For "
-            f"the sharpness of each member mark the params, `jax.lax.pcast(params, {axis!r}, to='varying')`; for that "
-            f"of all average in loss_fn, `jax.lax.pmean(loss, {axis!r})`."
-        )
+    check_same_members("what loss_fn returns", value, gradient, params)
     for axis in sorted(varying_axes(params) - varying_axes(value)):
         raise ValueError(
-            f"params vary over the mapped axis {axis!r} and the loss does not: they are sharded, and norms would be "
-            "those of the shards. Call m_sharpness outside of shard_map, with params that carry their sharding."
+            f"The params vary over the mapped axis {axis!r} and the loss does not, so they are shards. Call this "
+            "outside of shard_map, with params that carry their sharding."
         )

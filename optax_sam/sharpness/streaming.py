@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_sam._checks import check_choice, check_floating, check_function, check_loss, is_real
+from optax_sam._checks import check_function, check_loss, check_params, is_real
+from optax_sam._means import leading_size
 from optax_sam._norms import widen
-from optax_sam.averaging import leading_size
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -39,45 +39,32 @@ class Estimate(NamedTuple):
     standard_error: float
 
 
-def on_host(name: str, params: Any) -> Any:
-    """The tree as arrays of float32 or wider, outside of what JAX traces."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
-        raise ValueError(
-            f"{name} must be arrays, not tracers: this instrument goes through the batches from the host. Call it "
-            "outside of jax.jit; m_sharpness is the one that works inside."
-        )
-    return as_real(name, params)
-
-
 def as_real(name: str, params: Any) -> Any:
-    """The tree as arrays of float32 or wider; raises where that is not what they stand for."""
+    """The tree as arrays of float32 or wider."""
     if not jax.tree.leaves(params):
         raise ValueError(f"{name} must have leaves; got an empty tree.")
-    check_floating(name, params, np.floating)
+    check_params(name, params, np.floating)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, widen(leaf).dtype), params)
 
 
 def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Each batch after the number of its examples; a batch without arrays counts as one example."""
-    if isinstance(batches, Iterator):
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable) or _is_one_batch(batches):
         raise ValueError(
-            "batches must be a re-iterable collection, such as a list; got an iterator, which is empty after one pass."
-        )
-    if isinstance(batches, (Mapping, jax.Array, np.ndarray)) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"batches must be an iterable of batches; got {type(batches).__name__}. A single batch goes into a list: "
-            "[batch]; of a stack of batches make one: list(stack)."
-        )
-    if isinstance(batches, tuple) and any(hasattr(part, "shape") for part in batches):
-        raise ValueError(
-            "batches must be an iterable of batches; got a tuple of arrays. Pass [batch] for one batch, a list for "
-            "several."
+            f"batches must be a list of batches, or another collection to be gone through again; got a "
+            f"{type(batches).__name__}. A single batch goes into a list, [batch]; a stack becomes one, list(stack)."
         )
     batch = no_batch = object()
     for batch in batches:
         yield leading_size(batch=batch) or 1, batch
     if batch is no_batch:
         raise ValueError("batches must hold at least one batch; got none.")
+
+
+def _is_one_batch(batches: Any) -> bool:
+    """Whether this looks like a batch, whose rows or parts would be taken for batches."""
+    is_tuple_of_arrays = isinstance(batches, tuple) and any(hasattr(part, "shape") for part in batches)
+    return is_tuple_of_arrays or isinstance(batches, (Mapping, jax.Array, np.ndarray))
 
 
 def means_over(
@@ -106,7 +93,7 @@ def once_per_loss(compile_for: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compile_for)
     def find(loss_fn: Any, *options: Any) -> Any:
-        check_function("loss_fn", loss_fn, "params and a batch")
+        check_function("loss_fn", loss_fn)
         if isinstance(jnp.zeros([]), Tracer):
             return compile_for(loss_fn, *options)
         try:
@@ -163,27 +150,19 @@ def estimate(samples: Any) -> Estimate:
 
 def keys_of(key: jax.Array | None, number: int) -> list[jax.Array]:
     """So many keys from one, or from a fixed one."""
-    try:
-        return list(jax.random.split(jax.random.key(0) if key is None else key, number))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"key must be a single one, such as jax.random.key(0), or None; got {key!r}.") from error
+    return list(jax.random.split(jax.random.key(0) if key is None else key, number))
 
 
 def as_positions(positions: Any) -> np.ndarray:
     """Positions (P,) as float64."""
     array = np.asarray(positions)
-    if not is_real(array.dtype):
-        raise TypeError(f"positions must be a list of real numbers; got {positions!r}.")
-    if array.ndim != 1 or not array.size:
-        raise ValueError(f"positions must be a list of numbers; got an array of shape {array.shape}.")
-    if not np.all(np.isfinite(array)):
-        raise ValueError(f"positions must be finite; got {positions!r}.")
+    if array.ndim != 1 or not array.size or not is_real(array.dtype) or not np.all(np.isfinite(array)):
+        raise ValueError(f"positions must be a list of finite real numbers; got {positions!r}.")
     return array.astype(np.float64)
 
 
 def shown(items: Iterable[Any], progress: bool, total: int | None, name: str) -> Iterable[Any]:
     """The items, under a progress bar if asked for."""
-    check_choice("progress", progress, (True, False))
     if not progress:
         return items
     try:

@@ -1,0 +1,67 @@
+"""Evaluation: from the keywords of ``update``, or from a loss, to the loss and the gradient at a point.
+
+``jax.grad`` of a real loss at complex params is the conjugate of the direction in which the loss rises, and Optax wants
+that direction. So what is differentiated here is conjugated here; what the caller's own functions return is left alone.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_sam._axes import check_same_members
+from optax_sam._checks import check_loss
+
+
+def conjugated(gradient: Any) -> Any:
+    """The gradient, conjugated where it is complex."""
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, gradient)
+
+
+def loss_and_gradient(loss_fn: Callable[..., Any], point: Any, *args: Any, has_aux: bool = False) -> tuple[Any, Any]:
+    """``jax.value_and_grad``, with the gradient that Optax wants."""
+    value, gradient = jax.value_and_grad(loss_fn, has_aux=has_aux)(point, *args)
+    return value, conjugated(gradient)
+
+
+def evaluation(
+    params: Any, *, grad_fn: Any = None, value_fn: Any = None, value_and_grad_fn: Any = None, others: Any = ()
+) -> Callable[..., tuple[Any, Any]]:
+    """The function of a point (and a batch) to loss and gradient that keywords describe; without a value, loss is None.
+
+    ``value_and_grad_fn`` goes before ``grad_fn``, and that before the gradient of ``value_fn``.
+    """
+    if value_and_grad_fn is not None:
+        function = value_and_grad_fn
+    elif grad_fn is not None:
+
+        def function(*args):
+            return None if value_fn is None else value_fn(*args), grad_fn(*args)
+
+    elif value_fn is not None:
+        function = functools.partial(loss_and_gradient, value_fn)
+    else:
+        raise ValueError(
+            f"A link evaluates gradients, and got no grad_fn and no value_fn among {sorted(others)}. Call `tx.update("
+            "grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)`; where no keyword gets through, as in "
+            "Flax's TrainState.apply_gradients, use `gradient_estimator(loss_fn, link)`."
+        )
+
+    def evaluate(*args):
+        try:
+            loss, gradient = function(*args)
+        except Exception as error:
+            if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
+                error.add_note(
+                    "Of flat params: `chain(sam(rho), optax.flatten(...))` is right, flatten around sam is not."
+                )
+            raise
+        if loss is not None:
+            check_loss("what value_fn or value_and_grad_fn returns", loss)
+            check_same_members("what value_fn or value_and_grad_fn returns", loss, gradient, params)
+        return loss, gradient
+
+    return evaluate
