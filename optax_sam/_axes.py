@@ -91,10 +91,7 @@ class Shards(NamedTuple):
         if self.mask is not None:
             return [self.axes if chosen else () for chosen in jax.tree.leaves(spread_mask(self.mask, tree))]
         if not is_checked(self.axes):
-            raise ValueError(
-                f"sharded(link, {self.axes}): only shard_map with check_vma=True tells which leaves are sharded. Pass "
-                "`mask`, and keep collectives out of the loss: JAX's gradients through them are too large here."
-            )
+            raise ValueError(f"sharded(link, {self.axes}) needs a `mask`: only shard_map with check_vma tells shards.")
         return [tuple(axis for axis in self.axes if axis in varying_axes(leaf)) for leaf in jax.tree.leaves(tree)]
 
 

@@ -33,14 +33,9 @@ def check_state(state: Any, kind: type[Any]) -> None:
         )
 
 
-def check_function(name: str, function: Any) -> None:
-    """Raises unless function can be called. An array in its place would fail later, and without a name."""
-    if not callable(function):
-        raise TypeError(f"{name} must be a function; got {function!r}.{_if_injected(function)}")
-
-
-def _if_injected(value: Any) -> str:
-    return " In optax.inject_hyperparams name it in static_args." if isinstance(value, jax.Array) else ""
+def if_injected(value: Any) -> str:
+    """A cure for what ``optax.inject_hyperparams`` makes of ints and functions: an array."""
+    return " Under optax.inject_hyperparams name it in static_args." if isinstance(value, jax.Array) else ""
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -52,7 +47,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 def check_int(name: str, value: Any, least: int = 1) -> None:
     """Raises unless value is an int ≥ least."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int; got {name}={value!r}.{_if_injected(value)}")
+        raise TypeError(f"{name} must be an int; got {name}={value!r}.{if_injected(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {name}={value!r}.")
 
@@ -113,21 +108,10 @@ def _place(path: Any) -> str:
 def check_loss(name: str, loss: Any) -> None:
     """Raises unless loss is a real floating-point scalar."""
     if getattr(loss, "ndim", 0) or not jnp.issubdtype(getattr(loss, "dtype", type(loss)), np.floating):
-        shown = jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array) else x, loss)
         raise TypeError(
-            f"{name} must be the loss, a floating-point scalar; got {shown!r}. Take the mean over examples, and pass "
+            f"{name} must be the loss, a floating-point scalar; got {loss!r}. Take the mean over examples, and pass "
             "has_aux=True to the estimator for (loss, aux)."
         )
-
-
-def check_arrays(name: str, tree: Any) -> None:
-    """Raises unless all leaves are arrays or numbers, which can be averaged."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
-            raise TypeError(
-                f"{name} must hold arrays and numbers, to be averaged; got {leaf!r} at {_place(path)}. Of modules and "
-                "nnx.Rngs return the state, `nnx.state(model)`, and nothing static."
-            )
 
 
 def check_mask(mask: Any) -> None:

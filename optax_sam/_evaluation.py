@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_sam._axes import check_same_members
 from optax_sam._checks import check_loss
@@ -51,14 +50,7 @@ def evaluation(
         )
 
     def evaluate(*args):
-        try:
-            loss, gradient = function(*args)
-        except Exception as error:
-            if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
-                error.add_note(
-                    "Of flat params: `chain(sam(rho), optax.flatten(...))` is right, flatten around sam is not."
-                )
-            raise
+        loss, gradient = function(*args)
         if loss is not None:
             check_loss("what value_fn or value_and_grad_fn returns", loss)
             check_same_members("what value_fn or value_and_grad_fn returns", loss, gradient, params)

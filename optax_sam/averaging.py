@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from optax_sam._axes import Axes, AxisNames, as_axes, check_unvarying, is_checked, varying_axes
-from optax_sam._checks import as_link, check_alike, check_state
+from optax_sam._checks import as_link, check_alike
 from optax_sam._means import leading_size, mean_of_stack, mean_over_axes
 from optax_sam._mesh import mesh_of
 
@@ -79,7 +79,6 @@ def micro_batched(
         return AveragedState(inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        check_state(state, AveragedState)
 
         def of_one(gradient, **own):
             return inner.update(gradient, state.link_state, params, **extra_args | own)

@@ -16,7 +16,6 @@ from optax_sam._checks import (
     NO_PARAMS_MESSAGE,
     as_link,
     check_alike,
-    check_function,
     check_int,
     check_params,
     check_state,
@@ -96,8 +95,6 @@ def sharpness_aware(
     """
     ascent = as_link("ascent", ascent)
     check_int("steps", steps)
-    if projection is not None:
-        check_function("projection", projection)
 
     def init(params):
         return SharpnessAwareState(ascent_state=ascent.init(params))
@@ -139,8 +136,8 @@ def _check_whole(params: Any) -> None:
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
-            "The params hold optax.MaskedNode, and no loss can be evaluated inside of optax.masked or optax.partition. "
-            "Put the link in front of them; to perturb some leaves alone, sam(rho, mask=mask)."
+            "The params hold optax.MaskedNode, so they are not all. Put the link in front of optax.masked and "
+            "optax.partition; it has a `mask` of its own."
         )
 
 

@@ -5,6 +5,7 @@ gradient is added, and no forward pass where loss and gradient come from one fun
 links have no overhead.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 
 from optax_sam._axes import Declared, check_declared, check_same_members
-from optax_sam._checks import as_link, check_loss, check_state
+from optax_sam._checks import as_link, check_loss
 from optax_sam._evaluation import evaluation
 from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.averaging import check_no_average
@@ -108,41 +109,45 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         return MeasuredState(link.init(params), zeros)
 
     def update(updates, state, params=None, *, value=None, value_fn=None, shards=(), **extra_args):
-        check_state(state, MeasuredState)
         check_no_average("measured", state.link_state)
         check_declared(params, updates, shards)
         functions = {name: extra_args.pop(name, None) for name in ("grad_fn", "value_and_grad_fn")}
         if value is None or (value_fn is None and functions["value_and_grad_fn"] is None):
             raise ValueError(
-                f"measured(link) records the losses at w and w + ε; got {value=} and {value_fn=}. Call "
-                "`tx.update(grads, state, params, value=loss, value_fn=loss_fn, batch=batch)`, or use "
-                "`gradient_estimator(loss_fn, measured(link))`, which has them."
+                f"measured(link) needs the losses at w and w + ε; got {value=} and {value_fn=}. Pass `value=loss, "
+                "value_fn=loss_fn, batch=batch` to update, or use `gradient_estimator(loss_fn, measured(link))`."
             )
         check_loss("value", value)
         check_same_members("value", value, updates, params)
-        evaluate = evaluation(params, value_fn=value_fn, **functions)
-        trace, noted = get_opaque_trace_state(), []
-
-        def grad_fn(point, *batch):
-            if get_opaque_trace_state() != trace:  # what is noted in a branch would be a tracer that leaks out of it
-                raise ValueError(
-                    "measured(link): link evaluates a gradient inside of a branch, a loop or a map, which no "
-                    "measurement can leave. Measure inside of it, `micro_batched(measured(sam(rho)))`, and of a chain "
-                    "with a switch the switch alone, `optax.chain(measured(late(sam(rho), start)), ...)`."
-                )
-            loss, gradient = evaluate(point, *batch)
-            noted[:] = [(point, loss)]
-            return gradient
-
-        extra_args |= {"value": value, "value_fn": value_fn, "grad_fn": grad_fn, "shards": shards}
+        recorder = _Recorder(evaluation(params, value_fn=value_fn, **functions))
+        extra_args |= {"value": value, "value_fn": value_fn, "grad_fn": recorder.grad_fn, "shards": shards}
         outputs, link_state = link.update(updates, state.link_state, params, **extra_args)
-        point, perturbed_loss = noted[0] if noted else (None, value)
-        displacement = jax.tree.map(lambda p, w: widen(p) - widen(w), point, params) if noted else None
+        point, perturbed_loss = recorder.last or (params, value)
+        displacement = jax.tree.map(lambda p, w: widen(p) - widen(w), point, params) if recorder.last else None
         norms = _norms_and_cosine(updates, displacement, outputs, shards)
         losses = [jnp.array(loss, jnp.float32) for loss in (value, perturbed_loss)]  # copies: states are donated
-        return outputs, MeasuredState(link_state, Measurements(*norms, *losses, active=jnp.float32(bool(noted))))
+        active = jnp.float32(recorder.last is not None)
+        return outputs, MeasuredState(link_state, Measurements(*norms, *losses, active=active))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Recorder:
+    """Evaluates the gradients of a link, and keeps the last point and the loss there."""
+
+    def __init__(self, evaluate: Callable[..., tuple[Any, Any]]):
+        self._evaluate, self._trace = evaluate, get_opaque_trace_state()
+        self.last: tuple[Any, jax.Array] | None = None
+
+    def grad_fn(self, point: Any, *batch: Any) -> Any:
+        if get_opaque_trace_state() != self._trace:  # a tracer of the branch would leak out of it
+            raise ValueError(
+                "measured(link): link evaluates a gradient in a branch, a loop or a map, which no measurement can "
+                "leave. Measure inside, as in `micro_batched(measured(sam(rho)))`, and of a chain the switch alone."
+            )
+        loss, gradient = self._evaluate(point, *batch)
+        self.last = point, loss
+        return gradient
 
 
 def measurements(state: Any) -> Measurements:
@@ -169,9 +174,7 @@ def measurements(state: Any) -> Measurements:
     found = _found_in(state, "this state")
     if not found:
         raise ValueError(
-            f"measurements(state): no measured link in this state, a {type(state).__name__}. Build the transformation "
-            "with one, `optax.chain(measured(sam(rho)), ...)`; nnx.state and checkpoints that are restored without a "
-            "target have lost the types."
+            f"measurements(state): a {type(state).__name__} without a measured link, or without its types."
         )
     return found[0]
 

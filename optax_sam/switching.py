@@ -16,7 +16,7 @@ import optax
 from jax.core import Tracer
 
 from optax_sam._axes import differs_between_members, vary, varying_axes
-from optax_sam._checks import as_link, check_function, check_int, check_state, is_float
+from optax_sam._checks import as_link, check_int, check_state, if_injected, is_float
 from optax_sam._convolution import canonicalized
 from optax_sam.averaging import is_average
 
@@ -65,8 +65,6 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
-    if not isinstance(phases, Mapping):
-        raise TypeError(f"phases must be a mapping from first step to link; got {phases!r}.")
     starts = list(phases)
     for start in starts:
         check_int("The first step of a phase", start, least=0)
@@ -108,9 +106,8 @@ def switch_by(
         >>> print(every_fifth.init(jnp.zeros(2)).switch_step)
         0
     """
-    check_function("index_fn", index_fn)
-    if not isinstance(links, Sequence) or isinstance(links, optax.GradientTransformation) or not links:
-        raise TypeError(f"links must be a sequence of transformations, one at least; got {links!r}.")
+    if not callable(index_fn):
+        raise TypeError(f"index_fn must be a function of the step; got {index_fn!r}.{if_injected(index_fn)}")
     named_links = {f"link {index}": as_link(f"links[{index}]", link) for index, link in enumerate(links)}
     return Switch.between(index_fn, named_links)
 
@@ -138,7 +135,7 @@ class Switch(optax.GradientTransformationExtraArgs):
             if len(state.link_states) != len(links):
                 raise ValueError(f"state is of a switch between {len(state.link_states)} links, not {len(links)}.")
             _check_averages(list(links), state.link_states)
-            index = _checked_index(index_fn, state.switch_step)
+            index = _index_at(index_fn, state.switch_step)
             phase = jnp.clip(index, 0, len(links) - 1)
             branches = _branches(links, updates, state, params, extra_args)
             if isinstance(phase, Tracer):
@@ -181,7 +178,8 @@ def _branches(
     return [branch(position, name, link) for position, (name, link) in enumerate(links.items())]
 
 
-def _checked_index(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array) -> jax.Array:
+def _index_at(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array) -> jax.Array:
+    """The index of the link, an int32 scalar."""
     index = jnp.asarray(index_fn(step))
     if index.shape or not (jnp.issubdtype(index.dtype, np.integer) or index.dtype == np.bool_):
         raise TypeError(f"index_fn must return an integer or a boolean, a scalar; got {jax.typeof(index)}.")

@@ -126,10 +126,7 @@ def hessian_eigenvalues(
     check_int("num_smallest", num_smallest, least=0)
     size, wanted = _dimension(params), k + num_smallest
     if wanted > min(size, max_products):
-        raise ValueError(
-            f"k + num_smallest = {wanted} eigenvalues need at least as many params and products; got {size} params "
-            f"and {max_products=}."
-        )
+        raise ValueError(f"k + num_smallest = {wanted} is more than there are, of {size} params and {max_products=}.")
     most = min(max_products, size)
     fewest = min(max(FEWEST_PRODUCTS, wanted), most)
     start = random_vectors(jax.random.normal, params)(jax.random.key(0))

@@ -160,10 +160,8 @@ def _axes(axes: "Axes | None") -> "Axes":
     """The axes, or those of a new figure."""
     if axes is not None:
         return axes
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "optax_sam[plot]"') from error
+    import matplotlib.pyplot as plt  # of the extra "plot"
+
     _, axes = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._axes import check_same_members, varying_axes
+from optax_sam._axes import check_same_members, check_unvarying, varying_axes
 from optax_sam._checks import check_nonnegative
 from optax_sam._convolution import canonicalized
 from optax_sam._means import leading_size, mean_over_micro_batches
@@ -160,8 +160,4 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
 def _check_axes(value: jax.Array, params: Any, gradient: Any) -> None:
     """Raises where ``shard_map`` summed the gradient, or where norms would be those of shards."""
     check_same_members("what loss_fn returns", value, gradient, params)
-    for axis in sorted(varying_axes(params) - varying_axes(value)):
-        raise ValueError(
-            f"The params vary over the mapped axis {axis!r} and the loss does not, so they are shards. Call this "
-            "outside of shard_map, with params that carry their sharding."
-        )
+    check_unvarying(params, varying_axes(params) - varying_axes(value))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_sam._checks import check_function, check_loss, check_params, is_real
+from optax_sam._checks import check_loss, check_params, is_real
 from optax_sam._means import leading_size
 from optax_sam._norms import widen
 
@@ -41,8 +41,6 @@ class Estimate(NamedTuple):
 
 def as_real(name: str, params: Any) -> Any:
     """The tree as arrays of float32 or wider."""
-    if not jax.tree.leaves(params):
-        raise ValueError(f"{name} must have leaves; got an empty tree.")
     check_params(name, params, np.floating)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, widen(leaf).dtype), params)
 
@@ -54,11 +52,8 @@ def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
             f"batches must be a list of batches, or another collection to be gone through again; got a "
             f"{type(batches).__name__}. A single batch goes into a list, [batch]; a stack becomes one, list(stack)."
         )
-    batch = no_batch = object()
     for batch in batches:
         yield leading_size(batch=batch) or 1, batch
-    if batch is no_batch:
-        raise ValueError("batches must hold at least one batch; got none.")
 
 
 def _is_one_batch(batches: Any) -> bool:
@@ -93,7 +88,6 @@ def once_per_loss(compile_for: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compile_for)
     def find(loss_fn: Any, *options: Any) -> Any:
-        check_function("loss_fn", loss_fn)
         if isinstance(jnp.zeros([]), Tracer):
             return compile_for(loss_fn, *options)
         try:
@@ -136,10 +130,7 @@ def checked_loss(loss: Any) -> jax.Array:
     check_loss("what loss_fn returns", loss)
     dtype = jnp.result_type(loss)
     if jnp.finfo(dtype).bits < 32:
-        raise TypeError(
-            f"loss_fn must return float32 or wider; got {dtype}, in which sharpness would be rounding. Cast the logits "
-            "to float32 before the loss."
-        )
+        raise TypeError(f"loss_fn must return float32 or wider; got {dtype}. Cast the logits before the loss.")
     return loss
 
 
@@ -165,8 +156,6 @@ def shown(items: Iterable[Any], progress: bool, total: int | None, name: str) ->
     """The items, under a progress bar if asked for."""
     if not progress:
         return items
-    try:
-        import tqdm
-    except ImportError as error:
-        raise ImportError('progress=True needs tqdm: pip install "optax_sam[sharpness]"') from error
+    import tqdm  # of the extra "sharpness"
+
     return tqdm.tqdm(items, total=total, desc=name, leave=False)
