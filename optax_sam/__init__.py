@@ -1,8 +1,33 @@
-"""Sharpness-aware minimization as Optax gradient transformations."""
+"""Sharpness-aware minimization as Optax gradient transformations.
+
+SAM is a better gradient. A *link* is an ``optax.GradientTransformationExtraArgs`` that turns the clean gradient g at w
+into another, such as the SAM gradient s at w + ε. It stands first in a chain, and what follows is plain Optax::
+
+    tx = optax.chain(optax_sam.sam(rho=0.05), optax.adamw(1e-3))
+    updates, state = tx.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)
+
+An *ascent* is a transformation from g to the perturbation ε, and a *combinator* makes a link of links.
+
+The papers
+    ``sam``, ``usam``, ``asam``, ``stable_sam``, ``msam``, ``late``
+Ascents, and the link that takes one
+    ``normalized_ascent``, ``unnormalized_ascent``, ``adaptive_ascent``, ``sharpness_aware``
+Combinators
+    ``renormalized``: s at the length of g. ``micro_batched``: one ε for each micro-batch, then the mean.
+    ``switch_at``, ``switch_by``: which link is active at which step. ``sharded``: norms over shards of the params.
+    ``measured``, read by ``measurements``: norms, angle and losses of the last update.
+The estimator, which evaluates the clean gradient, the loss and aux too
+    ``value_and_grad``, ``gradient_estimator``: micro-batches, accumulation, weights, several devices.
+For a link of your own
+    ``norm``, ``vdot``: in float32, over all leaves and shards.
+How sharp the loss is
+    ``hessian_eigenvalues``, ``hessian_trace``, ``spectral_density``, ``m_sharpness``, ``average_sharpness``,
+    ``loss_along``, ``loss_surface``
+"""
 
 from optax_sam._norms import norm, vdot
 from optax_sam.ascent import AscentState, adaptive_ascent, normalized_ascent, unnormalized_ascent
-from optax_sam.averaging import micro_batched
+from optax_sam.averaging import AveragedState, micro_batched
 from optax_sam.estimator import GradientEstimator, gradient_estimator, value_and_grad
 from optax_sam.family import asam, late, msam, sam, stable_sam, usam
 from optax_sam.link import SharpnessAwareState, sharpness_aware
@@ -24,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AscentState",
+    "AveragedState",
     "GradientEstimator",
     "MeasuredState",
     "Measurements",
@@ -58,3 +84,7 @@ __all__ = [
     "value_and_grad",
     "vdot",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

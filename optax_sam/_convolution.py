@@ -1,9 +1,11 @@
-r"""Convolutions in loops and branches, in the one layout that XLA runs fast there.
+r"""Convolutions in loops and branches, in the one layout that XLA:CPU runs fast there.
 
-XLA on CPUs has fast convolutions for one layout (examples first, channels last) and brings others into it, but only in
-the entry computation of a program. The gradient of a convolution with respect to its kernel is in another layout;
-inside ``lax.scan`` or ``lax.switch`` it runs up to a hundred times slower. Here the convolutions of a function are
-brought into that layout before they get there. Numbers do not change.
+XLA:CPU is fast for one layout, examples first and channels last, and transposes others into it, but only in the entry
+computation of a program. A kernel's gradient is a convolution in another layout, and inside of ``lax.scan`` or
+``lax.switch`` it runs up to a hundred times slower. So the convolutions of a body are transposed here, before XLA sees
+them. Numbers do not change.
+
+The smallest program that shows it, and fails once XLA needs no help, is in ``tests/test_xla.py``.
 """
 
 import functools
@@ -38,7 +40,7 @@ def canonicalized(function: Callable[..., Any]) -> Callable[..., Any]:
 def _convolve(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **params: Any) -> jax.Array:
     """A convolution by way of (examples, space, channels) * (space, channels, filters)."""
     batch, feature, *space = dimension_numbers.lhs_spec
-    filters, channels, *kernel = dimension_numbers.rhs_spec
+    filters, channels, *kernel = dimension_numbers.rhs_spec  # JAX's order: output features first
     rank = len(space)
     last = (0, rank + 1, *range(1, rank + 1))
     output = conv_general_dilated_p.bind(

@@ -18,7 +18,7 @@ from optax_sam._mesh import first_entry, split_leading
 from optax_sam._norms import widen
 
 Strategy = Literal["auto", "vmap", "scan", "unroll"]
-PAIRED_BYTES = 1 << 22  # up to this size of what is averaged, two at a time stay in the caches
+PAIRED_BYTES = 1 << 22  # of what is averaged: two micro-batches a turn save time as long as their sums stay in cache
 
 
 def mean_over_micro_batches(

@@ -1,6 +1,6 @@
-"""Meshes: what arrays on an Explicit mesh need where others need nothing, and a function on each of its devices.
+"""Meshes: what arrays on an Explicit mesh need and others do not, and a function on each of its devices.
 
-Only the axes of an Explicit mesh show in the types of traced arrays. On an Auto mesh XLA decides, and nothing is known.
+Only Explicit axes show in the types of traced arrays. On an Auto mesh XLA decides, and nothing is known here.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def split_leading(leaf: Any, parts: int) -> jax.Array:
 
 
 def first_entry(stack: jax.Array) -> jax.Array:
-    """The first along the leading axis, gathered where that axis is sharded: an Explicit mesh refuses to index it."""
+    """``stack[0]``, gathered first where the leading axis is sharded: an Explicit mesh refuses to index it."""
     mesh, spec = jax.typeof(stack).sharding.mesh, jax.typeof(stack).sharding.spec
     if spec[0]:
         stack = jax.sharding.reshard(stack, NamedSharding(mesh, PartitionSpec(None, *spec[1:])))
@@ -41,7 +41,7 @@ def first_entry(stack: jax.Array) -> jax.Array:
 
 
 def mesh_of(stacks: Any) -> contextlib.AbstractContextManager[Any]:
-    """An Explicit mesh of the arrays, as context: without it ``vmap`` cannot branch where they are sharded."""
+    """The Explicit mesh of the arrays as a context, without which ``vmap`` of a branch fails on what is sharded."""
     meshes = {jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(stacks)}
     explicit = [mesh for mesh in meshes if mesh.explicit_axes]
     return jax.sharding.use_abstract_mesh(explicit[0]) if explicit else contextlib.nullcontext()
@@ -52,8 +52,8 @@ def mesh_of_examples(batch: Any, axes: Axes) -> AbstractMesh:
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
     if not shardings or any(axes_in(sharding.spec[:1]) != axes for sharding in shardings):
         raise ValueError(
-            f"axis_name={axes} is no mapped axis here, and no axis of an Explicit mesh that shards the batch; got "
-            f"{[str(sharding) for sharding in shardings]}. Call this under jax.shard_map, or shard the batch over it."
+            f"axis_name={axes} is no mapped axis here, and no axis of an Explicit mesh that shards the batch, whose "
+            f"specs are {sorted({str(s.spec) for s in shardings})}. Call this under jax.shard_map, or shard the batch."
         )
     return shardings[0].mesh
 
@@ -63,6 +63,7 @@ def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: Axes)
 
     def on_devices(params, state, batch, *others):
         leaves, structure = jax.tree.flatten(others)
+        # shard_map takes arrays alone; flags, strings and None go around it.
         arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
 
         def on_this_device(params, state, batch, arrays):

@@ -1,12 +1,12 @@
 r"""Norms: the length of a tree of arrays over all its leaves and shards, inner products, and rescaling to a length.
 
-Squares of float32 numbers underflow below 1e-19 and overflow above 1e19. A sum of squares that is far from both is
-taken as it is; else it is taken again at a scale c, a power of two:
+Squares of float32 numbers underflow below 1e-19 and overflow above 1e19. A sum of squares far from both limits is used
+as it is; otherwise it is taken again at a scale c, a power of two:
 
 .. math::
     \|x\|_2 = \frac1c \sqrt{\sum_i (c \, x_i)^2}, \qquad c \in \{2^{62}, 2^{-64}\}
 
-which serves norms from 1e-37 to 3e38.
+which covers norms from 1e-37 to 3e38. Almost every step of a training run takes one pass.
 """
 
 import functools
@@ -87,10 +87,11 @@ def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
 
 
 def at_length(tree: Any, current: jax.Array, length: jax.typing.ArrayLike) -> Any:
-    """The tree, whose norm is ``current``, at another norm; zero if it is zero. Dtypes are kept."""
+    """Rescales a tree of norm ``current`` to another norm; zero stays zero. Dtypes are kept."""
     largest, zero = jnp.finfo(current.dtype).max, current == 0
     target = jnp.minimum(jnp.asarray(length).astype(current.dtype), largest)
-    factor = jnp.minimum(target / jnp.where(zero, 1, jnp.minimum(current, largest)), largest)  # inf · 0 would be NaN
+    # An infinite factor would make NaN of the zeros in the tree, and an infinite norm a zero of everything finite.
+    factor = jnp.minimum(target / jnp.where(zero, 1, jnp.minimum(current, largest)), largest)
     return scaled(tree, jnp.where(zero, 0, factor))
 
 
@@ -127,7 +128,7 @@ def _unit(length: jax.Array) -> jax.Array:
 
 
 def _wide_leaves(tree: Any, shards: Declared) -> tuple[list[jax.Array], tuple[Axes, ...]]:
-    """The leaves in one precision, those without elements left out, and the axes each is sharded over."""
+    """The leaves in one precision, without those that are empty, and the axes over which each is sharded."""
     pairs = zip(jax.tree.leaves(tree), axes_of_leaves(tree, shards), strict=True)
     leaves, axes = [], []
     for leaf, names in pairs:
@@ -139,10 +140,11 @@ def _wide_leaves(tree: Any, shards: Declared) -> tuple[list[jax.Array], tuple[Ax
 
 
 def _way(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> str:
-    """How the second pass is run. Only one device alone may leave it out, by a branch."""
+    """How the second pass runs: skipped by a branch on CPUs, always taken elsewhere."""
     if any(jax.typeof(leaf).sharding.mesh.explicit_axes for leaf in leaves):
         return "line"  # under vmap, an Explicit mesh has neither branches nor loops
-    return "loop" if any(axes) or jax.default_backend() != "cpu" else "branch"  # a GPU would wait for the host
+    # Members of an axis would have to agree on a branch before its reduction, and a GPU would wait for the host.
+    return "loop" if any(axes) or jax.default_backend() != "cpu" else "branch"
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -169,20 +171,22 @@ def _scale_for(square: jax.Array) -> jax.Array:
 
 
 def _squares(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> tuple[jax.Array, jax.Array]:
-    """The sum of squares, and the same at a scale if it needs one.
-
-    A branch also keeps XLA from repeating what follows, cheap and dependent on every leaf, in the pass over each leaf:
-    hundreds of them took minutes to compile.
-    """
+    """The sum of squares, and the same at a scale if it needs one."""
     first = _sum_of_products(leaves, leaves, axes)
-    again = lambda: _sum_of_squares(leaves, _scale_for(first), axes)  # noqa: E731
+
+    def again():
+        return _sum_of_squares(leaves, _scale_for(first), axes)
+
     if way == "branch":
+        # The branch is also a wall. Without one XLA:CPU repeats the norm, which depends on every leaf, in the pass over
+        # each: 13 times the program, and 10 times the time to compile, for StableSAM on 300 leaves. tests/test_xla.py
+        # tells when that is over.
         return first, jax.lax.cond(_fits(first), lambda: first, again)
     return first, jnp.where(_fits(first), first, again())
 
 
 def _squares_in_a_loop(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> tuple[jax.Array, jax.Array]:
-    """The same, both passes one piece of code."""
+    """The same with both passes as turns of one loop, which compiles a single pass and is a wall too."""
 
     def take(scale, _):
         square = _sum_of_squares(leaves, scale, axes)
@@ -200,7 +204,7 @@ def _sum_of_squares(leaves: Sequence[jax.Array], scale: jax.Array, axes: Sequenc
 
 
 def _sum_of_products(first: Sequence[jax.Array], second: Sequence[jax.Array], axes: Sequence[Axes]) -> jax.Array:
-    """The real part of the sum of products of all elements, and of all shards: one reduction for each set of axes."""
+    """The real part of the sum of products over elements and shards, with one reduction for each set of axes."""
     sums: dict[Axes, jax.Array] = {}
     for a, b, names in zip(first, second, axes, strict=True):
         is_complex = jnp.iscomplexobj(a) or jnp.iscomplexobj(b)

@@ -1,13 +1,12 @@
 r"""Rounding: w + ε in dtypes whose spacing is wider than ε.
 
-The spacing of bfloat16 numbers near 1 is 2⁻⁷, and ε of a usual SAM step is a thousandth of that: rounded to nearest,
-w + ε would be w, and the SAM gradient the clean one. So the sum is rounded down or up at random, with the
-probabilities that keep its mean:
+bfloat16 numbers near 1 are 2⁻⁷ apart, and a usual ε is a thousandth of that: rounded to nearest, w + ε would be w and
+the SAM gradient the clean one. So the sum is rounded down or up at random, with probabilities that keep its mean:
 
 .. math::
     \mathbb{E} [\mathrm{round}(w + \varepsilon)] = w + \varepsilon
 
-The randomness is a hash of w, w + ε and the place in the leaf. There is no key and no state, and all devices agree.
+The randomness is a hash of w, w + ε and the place in the leaf: no key, no state, and the same on all devices.
 """
 
 import functools
@@ -29,7 +28,7 @@ def rounded_sum(param: jax.Array, step: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _rounded(exact: jax.Array, uniform: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float32 numbers in a narrower dtype: up where ``uniform`` is less than the part of a spacing that is left."""
+    """Rounds float32 numbers up where ``uniform`` is below their distance from the lower neighbour, in spacings."""
     steps = exact / _spacing(exact, dtype)
     down = jnp.floor(steps)
     return (jnp.where(uniform < steps - down, down + 1, down) * _spacing(exact, dtype)).astype(dtype)
@@ -37,6 +36,7 @@ def _rounded(exact: jax.Array, uniform: jax.Array, dtype: jnp.dtype) -> jax.Arra
 
 @_rounded.defjvp
 def _straight_through(dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # Rounding is flat or steep, never useful: straight through it goes the derivative of the exact sum.
     return _rounded(*primals, dtype), tangents[0].astype(dtype)
 
 
@@ -50,12 +50,13 @@ def _spacing(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _hash_uniform(x: jax.Array, y: jax.Array) -> jax.Array:
-    """A number in [0, 1) for each pair of float32 elements and its place: no key, no state, alike on all devices."""
+    """A number in [0, 1) for each pair of float32 elements and its place."""
     place = jnp.zeros_like(x, jnp.uint32)  # without it, leaves of equal elements would be rounded all up or all down
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) * jnp.uint32(0x9E3779B1)
     bits = (bits ^ jax.lax.bitcast_convert_type(y, jnp.uint32)) + place * jnp.uint32(0x27D4EB2F)
+    # The finalizer of MurmurHash3: each bit that goes in changes every bit that comes out with probability 1/2.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)  # float32 holds 24 bits: 1 does not come out
