@@ -1,6 +1,6 @@
 """Mutants: would the tests notice another operator?
 
-    COVERAGE_FILE=runs/mutants.coverage pytest -n auto \\
+    COVERAGE_FILE=runs/mutants.coverage pytest -n auto -m "heavy or not heavy" \\
         --cov=optax_sam --cov-branch --cov-context=test --junitxml=runs/mutants.xml
     python tests/mutants.py [FILE ...]
 
@@ -155,7 +155,8 @@ def run_tests(
     """The exit status of pytest, or that of a process that had to be killed."""
     arguments = folder / "tests.txt"
     arguments.write_text("\n".join(tests))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"@{arguments}", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "heavy or not heavy"]
+    command += [f"@{arguments}", *options]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, process_group=0)
     try:

@@ -37,6 +37,7 @@ def temporary(link, **options):
 PLAIN = optax.identity()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("link", [SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["sam", "asam", "stable"])
 def test_sam_needs_one_more_copy_of_the_params_and_twice_the_flops(link):
     assert temporary(link) <= temporary(PLAIN) + 1.1
@@ -44,11 +45,13 @@ def test_sam_needs_one_more_copy_of_the_params_and_twice_the_flops(link):
     assert 1.9 < ratio < 2.02
 
 
+@pytest.mark.heavy
 def test_renormalization_costs_norms():
     flops = compiled(optax_sam.stable_sam(0.05)).cost_analysis()["flops"] / compiled(SAM).cost_analysis()["flops"]
     assert 1 < flops < 1.03
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_micro_batches", [4, 8, 32])
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
@@ -60,6 +63,7 @@ def test_memory_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy
     assert here <= 1.01 * temporary(SAM, num_micro_batches=4, **options)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
 def test_program_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy):
     monkeypatch.setattr(optax_sam._means, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
@@ -119,6 +123,7 @@ def test_without_jit_switches_compile_nothing_after_each_link_has_run(compilatio
     assert counts[5:] == [0, 0, 0]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("link", "options", "unread"),
     [(SAM, {}, 0), (SAM, {"num_micro_batches": 8}, 0), (optax_sam.late(SAM, 5), {}, 4)],
@@ -132,6 +137,7 @@ def test_donated_state_is_updated_in_place(link, options, unread):
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "link",
     [
@@ -154,6 +160,7 @@ def test_steps_neither_recompile_nor_touch_the_host(link):
     assert not any(word in text for word in ("callback", "infeed", "outfeed", "host-transfer"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("link", [SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["sam", "asam", "stable"])
 def test_program_grows_linearly_with_the_number_of_leaves(link):
     def num_instructions(num_leaves):

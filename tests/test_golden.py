@@ -154,8 +154,10 @@ EXAMPLES_PER_MICRO_BATCH = {
 }
 
 
-@pytest.mark.parametrize("size", EXAMPLES_PER_MICRO_BATCH)
-@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", "auto"])
+@pytest.mark.parametrize(
+    ("size", "strategy"),
+    [*[(size, "auto") for size in EXAMPLES_PER_MICRO_BATCH], (3, "vmap"), (2, "scan"), (3, "unroll")],
+)
 def test_msam_by_the_estimator(size, strategy):
     loss_fn, params, batch = tanh_problem()
     function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(0.1), num_micro_batches=6 // size, strategy=strategy)
@@ -167,14 +169,17 @@ def test_msam_by_the_estimator(size, strategy):
 @pytest.mark.parametrize("size", EXAMPLES_PER_MICRO_BATCH)
 def test_msam_in_a_chain(size):
     loss_fn, params, batch = tanh_problem()
-    grad_fn = jax.grad(loss_fn)
-    np.testing.assert_allclose(
-        flat(grad_fn(params, batch)), (-0.324175408058, -0.394434466915, -0.192420256176), atol=1e-12
-    )
-    stacked = jax.tree.map(lambda x: x.reshape(6 // size, size, *x.shape[1:]), batch)
-    grads = jax.vmap(grad_fn, in_axes=(None, 0))(params, stacked)
-    link = optax_sam.msam(0.1)
-    mean, _ = link.update(grads, link.init(params), params, grad_fn=grad_fn, batch=stacked)
+    grad_fn, link = jax.grad(loss_fn), optax_sam.msam(0.1)
+
+    @jax.jit
+    def update(params, batch):
+        stacked = jax.tree.map(lambda x: x.reshape(6 // size, size, *x.shape[1:]), batch)
+        grads = jax.vmap(grad_fn, in_axes=(None, 0))(params, stacked)
+        return grads, link.update(grads, link.init(params), params, grad_fn=grad_fn, batch=stacked)[0]
+
+    grads, mean = update(params, batch)
+    clean = np.mean([*grads["w"].T, grads["b"]], axis=1)
+    np.testing.assert_allclose(clean, (-0.394434466915, -0.192420256176, -0.324175408058), atol=1e-12)
     np.testing.assert_allclose([*mean["w"], mean["b"]], EXAMPLES_PER_MICRO_BATCH[size], atol=1e-12)
 
 

@@ -13,9 +13,6 @@ from tests.helpers.problems import (
     GradientCounter,
     assert_close,
     assert_identical,
-    cnn_batch,
-    cnn_loss,
-    cnn_params,
     mlp_batch,
     mlp_loss,
     mlp_params,
@@ -82,16 +79,26 @@ def test_batch_value_fn_and_closures_are_the_same():
         assert_identical(other, first)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def displaced(params, grads, rho):
+    """Where SAM asks for the gradient at params, given a clean one."""
+    seen, link = [], optax_sam.sam(rho)
+    s, _ = link.update(grads, link.init(params), params, grad_fn=lambda point: seen.append(point) or grads)
+    assert jax.tree.map(jnp.result_type, s) == jax.tree.map(jnp.result_type, params)
+    return seen[0]
+
+
+displaced = jax.jit(displaced)
+every_narrow_dtype = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+
+
+@every_narrow_dtype
 def test_length_of_what_is_added_to_narrow_params_is_that_of_unbiased_rounding(dtype):
     """Each of n elements moves by ρ/√n on average, in steps of the spacing of numbers from 1 to 2."""
     rho, size, spacing = 0.05, 1_000_000, float(jnp.finfo(dtype).eps)
-    params, grads = jnp.full(size, 1.5, dtype), jnp.ones(size, dtype)
-    seen, link = [], optax_sam.sam(rho)
-    link.update(grads, link.init(params), params, grad_fn=lambda point: seen.append(point) or grads)
+    point = displaced(jnp.full(size, 1.5, dtype), jnp.ones(size, dtype), rho)
     step, share = rho / size**0.5, rho / size**0.5 / spacing % 1
     expected = (size * (step**2 + share * (1 - share) * spacing**2)) ** 0.5
-    np.testing.assert_allclose(np.linalg.norm(np.asarray(seen[0], np.float64) - 1.5), expected, rtol=0.02)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(point, np.float64) - 1.5), expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("mask", ["tree", "prefix", "function"])
@@ -117,7 +124,7 @@ def test_masked_leaves_stay_where_they_are_and_out_of_the_norm(mask):
 
 
 @pytest.mark.parametrize("elements", ["random", "equal"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@every_narrow_dtype
 def test_narrow_params_really_move(dtype, elements):
     w_key, g_key = jax.random.split(jax.random.key(0))
     w, g = 0.05 * jax.random.normal(w_key, (200_000,)), jax.random.normal(g_key, (200_000,))
@@ -125,21 +132,14 @@ def test_narrow_params_really_move(dtype, elements):
         w, g = jnp.full_like(w, 0.05), jnp.ones_like(g)
     params = {"w": w.astype(dtype), "rest": jnp.arange(3, dtype=dtype)}
     grads = {"w": g.astype(dtype), "rest": jnp.zeros(3, dtype)}
-    for rho in (0.05, 0.0):
-        seen = []
-        grad_fn = lambda point: seen.append(point) or grads  # noqa: B023, E731
-        link = optax_sam.sam(rho)
-        s, _ = link.update(grads, link.init(params), params, grad_fn=grad_fn)
-        assert s["w"].dtype == seen[0]["w"].dtype == dtype
-        assert_identical(seen[0]["rest"], params["rest"])
-        moved = np.asarray(seen[0]["w"], np.float64) - np.asarray(params["w"], np.float64)
-        direction = np.asarray(grads["w"], np.float64)
-        along = moved @ direction / np.linalg.norm(direction)
-        if rho == 0.0:
-            assert not np.any(moved)
-        else:
-            assert abs(along / rho - 1) < 0.05, "unbiased up to the noise of 200,000 roundings"
-            assert np.mean(moved != 0) > 0.05
+    point = displaced(params, grads, 0.05)
+    assert_identical(point["rest"], params["rest"])
+    moved, direction = (np.asarray(x, np.float64) for x in (point["w"], grads["w"]))
+    moved = moved - np.asarray(params["w"], np.float64)
+    along = moved @ direction / np.linalg.norm(direction)
+    assert abs(along / 0.05 - 1) < 0.05, "unbiased up to the noise of 200,000 roundings"
+    assert np.mean(moved != 0) > 0.05
+    assert_identical(displaced(params, grads, 0.0), params)
 
 
 def test_wide_params_move_by_exactly_epsilon():
@@ -160,10 +160,11 @@ def test_params_outside_are_never_the_perturbed_ones():
 
 def train(tx, steps=40, **extra):
     """The losses of a jitted loop with donated params and state."""
+    batch = mlp_batch()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
-        value_fn = lambda params: mlp_loss(params, mlp_batch())  # noqa: E731
+        value_fn = lambda params: mlp_loss(params, batch)  # noqa: E731
         value, grads = jax.value_and_grad(value_fn)(params)
         updates, state = tx.update(grads, state, params, **{k: f(value, grads, value_fn) for k, f in extra.items()})
         return optax.apply_updates(params, updates), state, value
@@ -191,7 +192,7 @@ BY_GRAD_FN = {"grad_fn": lambda value, grads, value_fn: jax.grad(value_fn)}
             BY_GRAD_FN | {"value": lambda value, grads, value_fn: value},
         ),
         (
-            optax.lbfgs(),
+            optax.chain(optax.scale(-1.0), optax.scale_by_backtracking_linesearch(10)),
             {
                 "value": lambda value, grads, value_fn: value,
                 "grad": lambda value, grads, value_fn: grads,
@@ -199,7 +200,7 @@ BY_GRAD_FN = {"grad_fn": lambda value, grads, value_fn: jax.grad(value_fn)}
             },
         ),
     ],
-    ids=["clip-nesterov", "adamw", "apply_if_finite", "reduce_on_plateau", "lbfgs"],
+    ids=["clip-nesterov", "adamw", "apply_if_finite", "reduce_on_plateau", "line search"],
 )
 def test_chains_train(behind, extra):
     losses = train(optax.chain(optax_sam.sam(0.01), behind), **extra)
@@ -208,11 +209,9 @@ def test_chains_train(behind, extra):
 
 def test_clipping_behind_the_link_bounds_the_step():
     tx = optax.chain(optax_sam.sam(0.5), optax.clip_by_global_norm(0.1))
-    params, batch = mlp_params(), mlp_batch()
-    updates, _ = tx.update(
-        jax.grad(mlp_loss)(params, batch), tx.init(params), params, grad_fn=jax.grad(mlp_loss), batch=batch
-    )
-    np.testing.assert_allclose(float(optax.tree.norm(updates)), 0.1, rtol=1e-5)
+    w = jnp.array([3.0, 4.0])
+    updates, _ = tx.update(w, tx.init(w), w, grad_fn=lambda point: 2 * point)
+    np.testing.assert_allclose(updates, [0.06, 0.08], rtol=1e-5)
 
 
 def test_multi_steps_behind_the_link_is_msam_over_the_mini_steps():
@@ -220,12 +219,12 @@ def test_multi_steps_behind_the_link_is_msam_over_the_mini_steps():
     tx = optax.chain(optax_sam.sam(0.1), optax.MultiSteps(optax.sgd(0.1), every).gradient_transformation())
     params = start = mlp_params()
     state = tx.init(params)
-    batches = [mlp_batch(seed) for seed in range(every)]
+    batches, step = [mlp_batch(seed) for seed in range(every)], jax.jit(training_step(tx))
     for batch in batches:
-        params, state = training_step(tx)(params, state, batch)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+        params, state = step(params, state, batch)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     tx = optax.chain(optax_sam.msam(0.1), optax.sgd(0.1))
-    expected, _ = training_step(tx, stacked=True)(start, tx.init(start), stacked)
+    expected, _ = jax.jit(training_step(tx, stacked=True))(start, tx.init(start), stacked)
     assert_close(params, expected)
 
 
@@ -257,18 +256,3 @@ def test_inject_hyperparams(rho):
             *[update(link, s) for link, s in zip((injected, plain), states, strict=True)], strict=True
         )
         assert_close(outputs[0], outputs[1])
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "params", "batch"),
-    [(mlp_loss, mlp_params(), mlp_batch(size=512)), (cnn_loss, cnn_params(), cnn_batch(size=64))],
-    ids=["mlp", "cnn"],
-)
-def test_ratio_of_flops_to_sgd_is_two(loss_fn, params, batch):
-    def flops(link):
-        tx = optax.with_extra_args_support(optax.chain(link, optax.sgd(0.1)))
-        program = jax.jit(training_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile()
-        return program.cost_analysis()["flops"]
-
-    assert flops(optax_sam.sam(0.1)) <= 2.02 * flops(optax.identity())
-    assert flops(optax_sam.stable_sam(0.1)) <= 2.02 * flops(optax.identity())

@@ -11,6 +11,8 @@ import optax_sam
 from benchmarks.communication import METHODS, Collective, collectives, compiled, make_params, reduced_bytes
 from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
 
+pytestmark = pytest.mark.heavy
+
 DEVICES, WIDTH = 8, 33
 SIZE = sum(leaf.size for leaf in make_params(WIDTH).values())
 LOSS, PARAMS = 4, 4 * SIZE

@@ -12,6 +12,8 @@ import optax_sam
 from benchmarks import fault_checks as checks
 from benchmarks import faults
 
+pytestmark = pytest.mark.heavy
+
 RECORDED = json.loads((faults.RESULTS / "faults.json").read_text(encoding="utf-8"))["rows"]
 
 

@@ -10,6 +10,8 @@ import optax_sam
 from benchmarks.papers import late_phase, training
 from benchmarks.papers import late_phase_toys as toys
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def valley():

@@ -1,6 +1,10 @@
 """The verdicts of ``benchmarks/papers/msam.py`` on made-up results."""
 
+import pytest
+
 from benchmarks.papers import msam
+
+pytestmark = pytest.mark.heavy
 
 
 def outcomes(accuracy, eigenvalue):

@@ -9,6 +9,8 @@ import pytest
 import optax_sam
 from benchmarks.papers import stability_toys as toys
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize(
     ("link", "expected"),

@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks.papers import stablesam
 
+pytestmark = pytest.mark.heavy
+
 
 def test_limits_of_the_quadratic_are_those_of_the_paper():
     found = stablesam.quadratic()

@@ -20,6 +20,8 @@ import optax_sam
 from benchmarks.papers import text, training
 from examples.training import datasets
 
+pytestmark = pytest.mark.heavy
+
 SIZES = {"vocabulary": 32, "max_length": 16, "num_layers": 2, "width": 16, "num_heads": 4, "hidden_width": 24}
 SENTENCES = ["a fine film", "a fine film", "a dull film", "neither", "fine fine fine fine fine fine fine", "dull"]
 RATINGS = [2.5, -1.0, -3.0, 0.0, 0.2, -0.1]

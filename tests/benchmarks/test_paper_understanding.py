@@ -8,6 +8,8 @@ from benchmarks.papers import understanding
 from benchmarks.papers import understanding_toys as toys
 from examples.training import datasets
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize("name", ["n-SAM", "1-SAM", "figure n-SAM", "figure 1-SAM"])
 def test_diagonal_network_ends_where_the_authors_does(name):

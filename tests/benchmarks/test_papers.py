@@ -10,6 +10,8 @@ from benchmarks.papers.__main__ import PAPERS, table
 from benchmarks.papers.reproduction import Reproduction, interval, joint_verdict, paired_verdict, spread
 from examples.training.report import finite
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "benchmarks/papers/README.md"
 

@@ -51,6 +51,7 @@ def numbers(results):
     return {method: (r["gradients_per_step"], r["seeds"]) for method, r in results["methods"].items()}
 
 
+@pytest.mark.heavy
 def test_all_methods_learn_and_write_their_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--method", "all", *SMOKE])
@@ -65,6 +66,7 @@ def test_all_methods_learn_and_write_their_results(tmp_path, monkeypatch, capsys
     assert all(method in output for method in train.METHODS)
 
 
+@pytest.mark.heavy
 def test_killed_run_resumes_to_the_same_numbers(tmp_path):
     command = [sys.executable, str(TRAIN), "--method", "late_sam", *SMOKE]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -90,6 +92,7 @@ def test_killed_run_resumes_to_the_same_numbers(tmp_path):
     assert numbers(resumed) == numbers(unbroken)
 
 
+@pytest.mark.heavy
 def test_three_ways_over_devices_end_at_the_same_params():
     command = [sys.executable, str(TRAIN.with_name("data_parallel.py")), "--epochs", "2", "--cpu-devices", "4"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -112,6 +115,7 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
         checkpoints.claim(tmp_path, {"epochs": 5})
 
 
+@pytest.mark.heavy
 def test_results_of_a_diverged_run_are_json(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--method", "sgd", *SMOKE, "--learning-rate", "1e30"])
@@ -119,6 +123,7 @@ def test_results_of_a_diverged_run_are_json(tmp_path, monkeypatch):
     assert json.loads(text, parse_constant=pytest.fail)["methods"]["sgd"]["seeds"][0]["train_loss"] is None
 
 
+@pytest.mark.heavy
 def test_fashion_mnist_trains_a_cnn(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -128,6 +133,7 @@ def test_fashion_mnist_trains_a_cnn(tmp_path, monkeypatch):
     assert results["methods"]["msam"]["gradients_per_step"] == 2.0
 
 
+@pytest.mark.heavy
 def test_cifar10_trains_a_resnet_with_augmentation(tmp_path, monkeypatch):
     write_cifar10(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -150,6 +156,7 @@ def test_cifar10_images_are_read_plane_by_plane(tmp_path):
     assert labels[1] == raw[datasets.CIFAR10_RECORD]
 
 
+@pytest.mark.heavy
 def test_augmentation_shifts_and_mirrors():
     image = np.arange(1.0, 65.0, dtype=np.float32).reshape(8, 8, 1).repeat(3, axis=-1)
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
@@ -227,6 +234,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", models.MODELS)
 def test_models_map_images_to_logits(name):
     images = np.zeros((2, 32, 32, 3), np.float32)

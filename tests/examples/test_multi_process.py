@@ -113,6 +113,7 @@ def unbroken(unbroken_folder):
     return numbers(unbroken_folder)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("lonely_rank")  # early, as it waits longer than any other
 def test_numbers_do_not_depend_on_how_devices_are_spread_over_processes(unbroken, tmp_path):
     assert run(tmp_path, "--processes", "1", "--devices-per-process", "2") == unbroken
@@ -120,6 +121,7 @@ def test_numbers_do_not_depend_on_how_devices_are_spread_over_processes(unbroken
     assert len(unbroken["history"]["train_loss"]) == 8
 
 
+@pytest.mark.heavy
 def test_killed_worker_stops_the_others_and_the_same_command_goes_on(unbroken, start, tmp_path):
     arguments = ["--processes", "2", "--checkpoint-dir", "checkpoints"]
     command = start(tmp_path, *arguments)
@@ -137,6 +139,7 @@ def test_killed_worker_stops_the_others_and_the_same_command_goes_on(unbroken, s
     assert run(tmp_path, *arguments) == unbroken
 
 
+@pytest.mark.heavy
 def test_damaged_checkpoints_are_passed_over_by_all_processes_and_refused_if_there_is_no_other(
     unbroken_folder, unbroken, start, tmp_path
 ):
@@ -154,6 +157,7 @@ def test_damaged_checkpoints_are_passed_over_by_all_processes_and_refused_if_the
     assert re.search(r"all checkpoints in .*/checkpoints are damaged \(7: history/metadata.*; 8: .*\); put", message)
 
 
+@pytest.mark.heavy
 def test_rank_stops_by_itself_when_another_is_killed(start, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -173,12 +177,14 @@ def test_rank_stops_by_itself_when_another_is_killed(start, tmp_path):
         time.sleep(0.01)
 
 
+@pytest.mark.heavy
 def test_rank_that_stays_alone_says_so(lonely_rank):
     status, message = lonely_rank.stops(within=STARTED_WITHIN)
     assert status == 1
     assert "process 1 did not find all processes within 1 s. Start all processes again" in message
 
 
+@pytest.mark.heavy
 def test_termination_leaves_nothing_behind(start, tmp_path):
     command = start(tmp_path, "--processes", "2")
     workers = command.workers()

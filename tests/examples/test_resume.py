@@ -20,6 +20,8 @@ from examples.training import checkpoints
 from tests.helpers.problems import assert_close, assert_identical
 from tests.helpers.resumable_run import START, STEPS, gradients_before
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
 from optax_sam.sharpness.lanczos import BLOCK, projections, random_vectors
-from tests.helpers.problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
+from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
 
 EXAMPLES = mlp_batch(size=28)
 BATCHES = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], EXAMPLES) for i in range(4)]  # the last one of 4
@@ -35,23 +35,24 @@ FIVE_FOLD = np.concatenate([np.full(5, 10.0), [8.0, 6.0, 4.0, 3.0], np.linspace(
 every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def dense_hessian(loss_fn, params, batch):
     flat, unravel = ravel_pytree(params)
     return jax.hessian(lambda w: loss_fn(unravel(w), batch))(flat)
 
 
+def quadratic_loss(params, batch):
+    """½·wᵀAw, where A is the mean of the batch."""
+    w = jnp.concatenate([params["a"].ravel(), params["b"]])
+    return w @ jnp.mean(batch, axis=0) @ w / 2
+
+
 def quadratic(spectrum):
-    """½·wᵀAw, where A has the spectrum, as a function of two leaves; and params for it."""
-    size = len(spectrum)
+    """A quadratic loss whose Hessian has the spectrum, params of two leaves, and batches."""
+    size, half = len(spectrum), len(spectrum) // 2
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
-    matrix = jnp.asarray(basis @ np.diag(spectrum) @ basis.T, jnp.float32)
-
-    def loss_fn(params, batch):
-        w = jnp.concatenate([params["a"].ravel(), params["b"]])
-        return jnp.mean(batch) * w @ matrix @ w / 2
-
-    half = size // 2
-    return loss_fn, {"a": jnp.zeros((1, half)), "b": jnp.zeros(size - half)}
+    matrix = (basis @ np.diag(spectrum) @ basis.T).astype(np.float32)
+    return quadratic_loss, {"a": jnp.zeros((1, half)), "b": jnp.zeros(size - half)}, [jnp.asarray(matrix)[None]]
 
 
 def diagonal_loss(params, batch):
@@ -65,14 +66,9 @@ def assert_near_eigenvalues(found, spectrum):
     assert np.all(distances <= found.residuals + 1e-5 * np.max(np.abs(spectrum)))
 
 
-@pytest.mark.parametrize(
-    ("loss_fn", "params", "batch"),
-    [(mlp_loss, mlp_params(), mlp_batch()), (cnn_loss, cnn_params(channels=2), cnn_batch(side=4))],
-)
-def test_both_ends_are_those_of_the_dense_hessian(loss_fn, params, batch):
-    expected, _ = jnp.linalg.eigh(dense_hessian(loss_fn, params, batch))
-    expected = np.asarray(expected, np.float64)[::-1]
-    found = optax_sam.hessian_eigenvalues(loss_fn, params, [batch], k=3, num_smallest=2, rtol=1e-4)
+def test_both_ends_are_those_of_the_dense_hessian():
+    expected = np.linalg.eigvalsh(dense_hessian(mlp_loss, mlp_params(), EXAMPLES).astype(float))[::-1]
+    found = optax_sam.hessian_eigenvalues(mlp_loss, mlp_params(), [EXAMPLES], k=3, num_smallest=2, rtol=1e-4)
     assert found.converged
     assert np.all(found.residuals <= 1e-4 * np.maximum(np.abs(found.values), 0.01 * np.max(np.abs(expected))))
     np.testing.assert_allclose(found.values, [*expected[:3], *expected[-2:]], atol=2e-5 * np.max(np.abs(expected)))
@@ -80,16 +76,14 @@ def test_both_ends_are_those_of_the_dense_hessian(loss_fn, params, batch):
 
 @every_spectrum
 def test_largest_and_smallest_of_prescribed_spectra(spectrum):
-    loss_fn, params = quadratic(spectrum)
-    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, num_smallest=1)
+    found = optax_sam.hessian_eigenvalues(*quadratic(spectrum), num_smallest=1)
     assert found.converged
     assert_near_eigenvalues(found, spectrum)
     np.testing.assert_allclose(found.values, [max(spectrum), min(spectrum)], atol=1e-3 * np.max(np.abs(spectrum)))
 
 
 def test_the_larger_eigenvalues_are_found_in_order():
-    loss_fn, params = quadratic(SPECTRA["geometric"])
-    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k=8, rtol=1e-5)
+    found = optax_sam.hessian_eigenvalues(*quadratic(SPECTRA["geometric"]), k=8, rtol=1e-5)
     np.testing.assert_allclose(found.values, np.sort(SPECTRA["geometric"])[::-1][:8], atol=1e-3)
 
 
@@ -105,9 +99,9 @@ def test_the_larger_eigenvalues_are_found_in_order():
     ids=["five-fold", "five-fold smallest", "far below the largest", "six decades", "clustered"],
 )
 def test_converged_promises_residuals_within_the_tolerance_and_eigenvalues_within_residuals(spectrum, k, num_smallest):
-    loss_fn, params = quadratic(spectrum)
-    expected = np.linalg.eigvalsh(np.asarray(dense_hessian(loss_fn, params, ONE[0]), np.float64))
-    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k, num_smallest=num_smallest)
+    loss_fn, params, [matrix] = quadratic(spectrum)
+    expected = np.linalg.eigvalsh(np.asarray(matrix[0], np.float64))
+    found = optax_sam.hessian_eigenvalues(loss_fn, params, [matrix], k, num_smallest=num_smallest)
     assert found.converged
     largest = np.max(np.abs(expected)) * (1 + 1e-5)
     assert np.all(found.residuals <= 1e-3 * np.maximum(np.abs(found.values), 0.01 * largest))
@@ -115,8 +109,7 @@ def test_converged_promises_residuals_within_the_tolerance_and_eigenvalues_withi
 
 
 def test_repeated_eigenvalues_are_found_at_least_once_before_what_follows():
-    loss_fn, params = quadratic(FIVE_FOLD)
-    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k=5)
+    found = optax_sam.hessian_eigenvalues(*quadratic(FIVE_FOLD), k=5)
     distinct = np.unique(FIVE_FOLD)[::-1]
     indices = np.argmin(np.abs(found.values[:, None] - distinct), axis=1)
     np.testing.assert_allclose(found.values, distinct[indices], rtol=1e-3)
@@ -131,27 +124,25 @@ def test_tolerance_is_relative_to_each_value_beside_an_outlier():
     assert np.all(found.residuals <= 1e-2 * found.values)
 
 
-@pytest.mark.parametrize("spectrum", [[2.0] * 6, [5.0, 5.0, 1.0, 1.0, -3.0], [0.0] * 4, [7.0]])
+@pytest.mark.parametrize("spectrum", [[2.0] * 5, [5.0, 5.0, 1.0, 1.0, -3.0], [0.0] * 5, [7.0]])
 def test_small_hessians_are_exhausted_with_what_repeats(spectrum):
-    loss_fn, params = quadratic(spectrum)
-    found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, k=len(spectrum))
+    found = optax_sam.hessian_eigenvalues(*quadratic(spectrum), k=len(spectrum))
     assert found.num_products == len(spectrum)
     np.testing.assert_allclose(found.values, np.sort(spectrum)[::-1], atol=1e-5)
 
 
 def test_outlier_that_the_first_vector_hardly_holds_is_found():
     """At the first vector, the identity is all there seems to be: its residual is below the tolerance."""
-    size = 1_000_000
+    size = 100_000
     loss_fn = lambda w, x: jnp.mean(x) * (jnp.sum(w**2) + 1e-3 * w[0] ** 2 * 1e2) / 2  # noqa: E731
     found = optax_sam.hessian_eigenvalues(loss_fn, jnp.zeros(size), ONE)
     np.testing.assert_allclose(found.values, [1.1], rtol=1e-3)
 
 
 def test_too_few_products_are_said_and_residuals_still_hold():
-    spectrum = np.linspace(1, 2, 100)
-    loss_fn, params = quadratic(spectrum)
+    spectrum = np.linspace(1, 2, 60)
     with pytest.warns(UserWarning, match=r"after 5 products.*Raise max_products"):
-        found = optax_sam.hessian_eigenvalues(loss_fn, params, ONE, max_products=5)
+        found = optax_sam.hessian_eigenvalues(*quadratic(spectrum), max_products=5)
     assert not found.converged
     assert found.num_products == 5
     assert found.residuals[0] > 1e-2
@@ -159,9 +150,8 @@ def test_too_few_products_are_said_and_residuals_still_hold():
 
 
 def test_exhausted_basis_says_that_the_rest_is_rounding():
-    loss_fn, params = quadratic([1.0, 2.0, 3.0])
-    with pytest.warns(UserWarning, match=r"after 3 products.*Raise rtol: what is left is rounding"):
-        optax_sam.hessian_eigenvalues(loss_fn, params, ONE, rtol=0.0)
+    with pytest.warns(UserWarning, match=r"after 5 products.*Raise rtol: what is left is rounding"):
+        optax_sam.hessian_eigenvalues(*quadratic([1.0, 2.0, 3.0, 4.0, 5.0]), rtol=0.0)
 
 
 def test_residuals_include_the_errors_of_products():
@@ -198,23 +188,20 @@ def test_trace_and_its_error_agree_with_matfree():
 
 
 def test_spectral_density_agrees_with_matfree():
-    spectrum = SPECTRA["outliers"]
-    loss_fn, params = quadratic(spectrum)
-    density = optax_sam.spectral_density(loss_fn, params, ONE, num_probes=3, num_products=7, key=jax.random.key(1))
-    hessian = dense_hessian(loss_fn, params, ONE[0])
+    loss_fn, params, [matrix] = quadratic(SPECTRA["outliers"])
+    density = optax_sam.spectral_density(loss_fn, params, [matrix], num_probes=3, num_products=7, key=jax.random.key(1))
     draw = random_vectors(jax.random.normal, params)
     for key, nodes, weights in zip(jax.random.split(jax.random.key(1), 3), density.nodes, density.weights, strict=True):
         lanczos = matfree.decomp.tridiag_sym(7, reortho="full")
-        theirs = lanczos(lambda v: hessian @ v, ravel_pytree(draw(key))[0])
+        theirs = lanczos(lambda v: matrix[0] @ v, ravel_pytree(draw(key))[0])
         values, vectors = np.linalg.eigh(np.asarray(theirs.J_small, np.float64))
         np.testing.assert_allclose(nodes, values, atol=1e-3)
         np.testing.assert_allclose(weights, vectors[0] ** 2, atol=1e-3)
 
 
 def test_spectral_density_has_the_moments_of_the_spectrum():
-    spectrum = np.concatenate([np.linspace(-1, 1, 150), [8.0, 10.0]])
-    loss_fn, params = quadratic(spectrum)
-    density = optax_sam.spectral_density(loss_fn, params, ONE, num_probes=20, num_products=40)
+    spectrum = np.concatenate([np.linspace(-1, 1, 58), [8.0, 10.0]])
+    density = optax_sam.spectral_density(*quadratic(spectrum), num_probes=20, num_products=30)
     np.testing.assert_allclose(np.sum(density.weights, axis=1), 1, rtol=1e-5)
     for power in (1, 2):
         moments = np.sum(density.weights * density.nodes**power, axis=1)
@@ -224,14 +211,13 @@ def test_spectral_density_has_the_moments_of_the_spectrum():
     curve = density.smoothed(positions, width=0.1)
     np.testing.assert_allclose(np.trapezoid(curve, positions), 1, rtol=1e-3)
     bulk = (positions > -0.8) & (positions < 0.8)
-    np.testing.assert_allclose(np.mean(curve[bulk]), 150 / 152 / 2, rtol=0.1)
+    np.testing.assert_allclose(np.mean(curve[bulk]), 58 / 60 / 2, rtol=0.1)
     assert curve[np.argmin(abs(positions - 9))] < 1e-6
 
 
 def test_density_of_degenerate_spectra():
     for spectrum in (SPECTRA["repeated"], SPECTRA["zero"]):
-        loss_fn, params = quadratic(spectrum)
-        density = optax_sam.spectral_density(loss_fn, params, ONE, num_probes=2, num_products=20)
+        density = optax_sam.spectral_density(*quadratic(spectrum), num_probes=2, num_products=20)
         np.testing.assert_allclose(np.sum(density.weights, axis=1), 1, rtol=1e-5)
         near = np.min(np.abs(density.nodes[..., None] - spectrum), axis=-1)
         assert np.sum(density.weights[near > 1e-4]) < 1e-6
@@ -354,10 +340,8 @@ def test_vectors_and_their_basis_stay_sharded(kind):
         batches = [jax.device_put(jnp.ones(8), sharding)]
         found = optax_sam.hessian_eigenvalues(diagonal_loss, params, batches, num_smallest=1, rtol=1e-5)
         trace = optax_sam.hessian_trace(diagonal_loss, params, batches, num_probes=2)
-        density = optax_sam.spectral_density(diagonal_loss, params, batches, num_probes=1, num_products=5)
     np.testing.assert_allclose(found.values, [32, 1], rtol=1e-4)
     assert trace.mean == pytest.approx(32 * 33 / 2)
-    np.testing.assert_allclose(np.sum(density.weights), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -367,18 +351,17 @@ def test_batches_on_a_mesh(kind):
     params = {"w": jnp.ones((16, 2))}
     found = optax_sam.hessian_eigenvalues(diagonal_loss, params, batches, num_smallest=1)
     np.testing.assert_allclose(found.values, [32, 1], rtol=1e-4)
-    assert optax_sam.hessian_trace(diagonal_loss, params, batches, num_probes=2).mean == pytest.approx(32 * 33 / 2)
     constant = optax_sam.hessian_eigenvalues(lambda w, x: jnp.mean(x) * jnp.sum(w["w"] ** 2), params, batches)
     np.testing.assert_allclose(constant.values, [2], rtol=1e-4)  # the basis goes on in random directions
 
 
 def test_basis_grows_as_it_is_needed():
-    loss_fn, params = quadratic(SPECTRA["outliers"])
+    loss_fn, params, matrices = quadratic(SPECTRA["outliers"])
     blocks = []
 
     def batches():
         blocks.append(sum(x.shape == (BLOCK, 30) for x in jax.live_arrays()))
-        return iter(ONE)
+        return iter(matrices)
 
     class Batches:
         __iter__ = staticmethod(batches)
