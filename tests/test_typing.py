@@ -47,7 +47,7 @@ def test_the_value_is_what_loss_fn_returns():
 
 
 def test_links_are_transformations_of_optax():
-    link = optax_sam.late(optax_sam.measured(optax_sam.stable_sam(0.1)), start=3)
+    link = optax_sam.measured(optax_sam.late(optax_sam.stable_sam(0.1), start=3))
     assert_type(link, optax.GradientTransformationExtraArgs)
     assert_type(optax_sam.measurements(link.init(PARAMS)), optax_sam.Measurements)
 
