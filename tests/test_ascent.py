@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_sam
-from tests.helpers.problems import assert_close
+from tests.helpers.problems import assert_close, assert_identical
 
 ASCENTS = {
     "normalized": optax_sam.normalized_ascent,
@@ -15,7 +15,6 @@ ASCENTS = {
     "adaptive": optax_sam.adaptive_ascent,
 }
 every_ascent = pytest.mark.parametrize("make", ASCENTS.values(), ids=ASCENTS)
-every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 
 
 def climb(ascent, grads, params):
@@ -23,25 +22,24 @@ def climb(ascent, grads, params):
 
 
 @every_ascent
-@every_dtype
-def test_zero_gradient_gives_zero_and_finite_derivatives(make, dtype):
-    params = {"a": jnp.ones(3, dtype), "b": None, "c": jnp.zeros((2, 2), dtype)}
+def test_zero_gradient_gives_zero_and_finite_derivatives(make):
+    params = {"a": jnp.ones(3), "b": None, "c": jnp.zeros((2, 2), jnp.bfloat16), "d": jnp.ones(2, jnp.float16)}
     grads = jax.tree.map(jnp.zeros_like, params)
-    epsilon = climb(make(0.1), grads, params)
-    assert jax.tree.structure(epsilon) == jax.tree.structure(params)
-    assert all(leaf.dtype == dtype and not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(epsilon))
-    derivative = jax.grad(
-        lambda g: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(climb(make(0.1), g, params)))
-    )
-    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(derivative(grads)))
+
+    def total(grads):
+        epsilon = climb(make(0.1), grads, params)
+        return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(epsilon))
+
+    assert_identical(climb(make(0.1), grads, params), grads)
+    assert all(np.all(np.isfinite(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(jax.grad(total)(grads)))
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda function: function], ids=["jit", "eager"])
-@pytest.mark.parametrize("scale", [1e-35, 1e-18, 1e-10, 1e-3, 1.0, 1e4, 1e10, 1e18, 1e35])
-def test_length_is_rho_for_gradients_of_any_size(scale, jit):
-    grads = {"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])}
-    epsilon = jit(lambda grads: climb(optax_sam.normalized_ascent(0.05), grads, grads))(grads)
-    assert_close(epsilon, {"a": jnp.array([0.03, 0.0]), "b": jnp.array([[0.04]])})
+def test_length_is_rho_for_gradients_of_any_size(jit):
+    ascend = jit(lambda grads: climb(optax_sam.normalized_ascent(0.05), grads, grads))
+    for scale in (1e-35, 1e-18, 1e-10, 1e-3, 1.0, 1e4, 1e10, 1e18, 1e35):
+        epsilon = ascend({"a": scale * jnp.array([3.0, 0.0]), "b": scale * jnp.array([[4.0]])})
+        assert_close(epsilon, {"a": jnp.array([0.03, 0.0]), "b": jnp.array([[0.04]])})
 
 
 @every_ascent

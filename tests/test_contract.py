@@ -29,10 +29,12 @@ from tests.helpers.registry import (
     MEMBERS,
     MICRO_BATCHES,
     RHO,
-    SWITCH,
+    STEPS,
     batch_for,
+    every_combination,
     every_member,
     gradients_by_step,
+    members,
     optimizer,
     plain_gradients_by_step,
 )
@@ -46,18 +48,26 @@ def kinds(tree):
     return jax.tree.map(lambda x: (jax.typeof(x), x.weak_type), tree)
 
 
-def update(link, state, params, batch, loss_fn, stacked=False):
-    grads = clean_gradient(loss_fn, params, batch, stacked)
-    return link.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)
+def first_update(tx, stacked, loss_fn=mlp_loss):
+    """From params and batch to what tx makes of their gradient, and its state."""
+
+    def update(params, batch):
+        state, grads = tx.init(params), clean_gradient(loss_fn, params, batch, stacked)
+        return tx.update(grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)
+
+    return update
 
 
-def active_output(link, params, batch, loss_fn, stacked=False):
-    """What the link returns, without compilation, in the first update in which every member is active."""
-    state = link.init(params)
-    with jax.disable_jit():
-        for _ in range(SWITCH + 2):
-            outputs, state = update(link, state, params, batch, loss_fn, stacked)
-    return outputs
+def program(function, params, batch):
+    """The text of the program from the leaves of the params to those that the function returns, first a like tree."""
+    structure = jax.tree.structure(params)
+
+    def from_leaves(leaves, batch):
+        outputs, others = function(jax.tree.unflatten(structure, leaves), batch)
+        assert jax.tree.structure(outputs) == structure
+        return jax.tree.leaves((outputs, others))
+
+    return str(jax.make_jaxpr(from_leaves)(jax.tree.leaves(params), batch))
 
 
 def test_registry_has_every_public_link():
@@ -73,28 +83,37 @@ def test_registry_has_every_public_link():
     assert len(factories) >= 10
 
 
+def in_a_loop_and_a_branch(step, carry, batch):
+    """Three steps in one loop, each in a branch."""
+
+    def branch(carry, _):
+        return jax.lax.cond(True, lambda carry: step(*carry, batch), lambda carry: carry, carry), None
+
+    return jax.lax.scan(branch, carry, length=3)[0]
+
+
 @every_member
-def test_state_is_stable_in_loops_branches_and_shapes(member):
-    tx = optimizer(member.make(SCHEDULE))
-    step, batch, params = training_step(tx, stacked=member.stacked), batch_for(member), mlp_params()
-    state = tx.init(params)
+def test_state_keeps_its_kind_in_init_loops_and_branches(member):
+    tx, params = optimizer(member.make(SCHEDULE)), mlp_params()
+    step, state = training_step(tx, stacked=member.stacked), tx.init(params)
     assert kinds(jax.eval_shape(tx.init, params)) == kinds(state)
+    looped = jax.eval_shape(lambda *args: in_a_loop_and_a_branch(step, *args), (params, state), batch_for(member))
+    assert kinds(looped) == kinds((params, state))
 
-    @jax.jit
-    def run(params, state):
-        carry, _ = jax.lax.scan(lambda carry, _: (step(*carry, batch), None), (params, state), length=2)
-        return jax.lax.cond(True, lambda carry: step(*carry, batch), lambda carry: carry, carry)
 
-    after, looped = run(params, state)
-    assert kinds(looped) == kinds(state)
+@every_combination
+def test_loops_and_donated_buffers_make_no_difference(member):
+    tx = optimizer(member.make(SCHEDULE))
+    step, batch = training_step(tx, stacked=member.stacked), batch_for(member)
+    carry = mlp_params(), tx.init(mlp_params())
+    looped = jax.jit(lambda *args: in_a_loop_and_a_branch(step, *args))(carry, batch)
     donating = jax.jit(step, donate_argnums=(0, 1))
-    params, state = jax.tree.map(jnp.array, (params, state))
     for _ in range(3):
-        params, state = donating(params, state, batch)
-    assert_close((params, state), (after, looped))
+        carry = donating(*carry, batch)
+    assert_close(carry, looped)
 
 
-@every_member
+@every_combination
 def test_state_and_params_keep_their_shardings(member):
     mesh = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
@@ -121,7 +140,7 @@ def test_optax_finds_the_leaves_that_are_like_params(member):
     assert_identical(shifted, jax.tree.map(lambda leaf: leaf + 1 if is_float(leaf) else leaf, state))
 
 
-@every_member
+@members("sam-masked", "late-momentum-ascent", "switch_at")  # hold every kind of state
 def test_state_survives_orbax_and_flax_bit_for_bit(member, tmp_path):
     tx = optimizer(member.make(SCHEDULE))
     step, batch = jax.jit(training_step(tx, stacked=member.stacked)), batch_for(member)
@@ -138,7 +157,7 @@ def test_state_survives_orbax_and_flax_bit_for_bit(member, tmp_path):
     assert_identical(step(*from_bytes, batch), expected)
 
 
-@every_member
+@every_combination
 def test_rho_can_be_an_injected_hyperparameter(member):
     injected = member._replace(make=lambda rho: optax.inject_hyperparams(member.make)(rho=rho))
     assert_close(gradients_by_step(injected, RHO), plain_gradients_by_step(member))
@@ -146,11 +165,20 @@ def test_rho_can_be_an_injected_hyperparameter(member):
 
 @every_member
 def test_any_place_in_a_chain(member):
-    batch, params = batch_for(member), mlp_params()
-    link, rest = member.make(RHO), [optax.clip_by_global_norm(1.0), optax.sgd(0.1)]
-    nested = optax.chain(optax.chain(optax.identity(), link), optax.chain(*rest))
-    named = optax.named_chain(("sam", link), ("clip", rest[0]), ("sgd", rest[1]))
-    assert_identical(*(active_output(tx, params, batch, mlp_loss, member.stacked) for tx in (nested, named)))
+    link, clip, sgd = member.make(RHO), optax.clip_by_global_norm(1.0), optax.sgd(0.1)
+
+    def update(updates, states, params, **extra_args):
+        updates, first = link.update(updates, states[0], params, **extra_args)
+        updates, second = clip.update(updates, states[1], params)
+        updates, third = sgd.update(updates, states[2], params)
+        return updates, (first, second, third)
+
+    by_hand = optax.GradientTransformationExtraArgs(lambda w: (link.init(w), clip.init(w), sgd.init(w)), update)
+    nested = optax.chain(optax.chain(optax.identity(), link), optax.chain(clip, sgd))
+    named = optax.named_chain(("sam", link), ("clip", clip), ("sgd", sgd))
+    updates = (first_update(tx, member.stacked) for tx in (by_hand, nested, named))
+    expected, *chained = (program(update, mlp_params(), batch_for(member)) for update in updates)
+    assert chained == [expected, expected]
 
 
 @every_combinator
@@ -173,29 +201,18 @@ def test_extra_arguments_reach_what_is_inside(combine):
     assert seen["unknown"] == 7
 
 
-@pytest.mark.parametrize(
-    "member",
-    [m for m in MEMBERS if "momentum" not in m.name],
-    ids=lambda m: m.name,  # optax.ema itself promotes
-)
+@members("sam-masked", "multi-step", "stable_sam-truncated", "renormalized-asam", "late-msam", "switch_at")
 def test_strict_modes_are_enough(member):
-    params, batch, link = mlp_params(), batch_for(member), member.make(jnp.float32(RHO))
-
-    @jax.jit
-    def run(params, batch):
-        state = link.init(params)
-        for _ in range(SWITCH + 1):
-            outputs, state = update(link, state, params, batch, mlp_loss, member.stacked)
-        return outputs
-
+    rho, params, batch = jnp.float32(RHO), mlp_params(), batch_for(member)
     with (
         jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise"),
         jax.debug_nans(True),
         jax.enable_checks(True),
-        jax.check_tracer_leaks(True),
     ):
-        run(params, batch)
+        gradients_by_step(member, rho, params=params, batch=batch)
+    with jax.check_tracer_leaks(True):
+        program(first_update(member.make(rho), member.stacked), params, batch)
 
 
 class Layers(NamedTuple):
@@ -225,6 +242,7 @@ class Network(nnx.Module):
         self.a, self.b, self.c = map(nnx.Param, (a, b, c))
 
 
+ARRAYS = [mlp_params()["hidden"]["kernel"], mlp_params()["hidden"]["bias"], mlp_params()["output"]]
 # From the three arrays of a network to containers that hold them in this order.
 CONTAINERS = {
     "dict": lambda *arrays: dict(zip("abc", arrays, strict=True)),
@@ -244,31 +262,25 @@ def in_container_loss(params, batch):
     return mlp_loss({"hidden": {"kernel": kernel, "bias": bias}, "output": output}, batch)
 
 
-@every_member
+ARRAYS = [mlp_params()["hidden"]["kernel"], mlp_params()["hidden"]["bias"], mlp_params()["output"]]
+
+
+@members("sam-masked", "asam", "multi-step", "late-msam", "late-momentum-ascent", "switch_at")
 def test_containers_make_no_difference_and_are_kept(member):
-    arrays = [mlp_params()["hidden"]["kernel"], mlp_params()["hidden"]["bias"], mlp_params()["output"]]
-    batch, link = batch_for(member), member.make(RHO)
-    expected = active_output(link, CONTAINERS["dict"](*arrays), batch, in_container_loss, member.stacked)
+    update = first_update(member.make(RHO), member.stacked, in_container_loss)
+    expected = program(update, ARRAYS, batch_for(member))
     for pack in CONTAINERS.values():
-        params = pack(*arrays)
-        outputs = active_output(link, params, batch, in_container_loss, member.stacked)
-        assert jax.tree.structure(outputs) == jax.tree.structure(params)
-        assert_identical(jax.tree.leaves(outputs), jax.tree.leaves(expected))
+        assert program(update, pack(*ARRAYS), batch_for(member)) == expected
 
 
 @pytest.mark.parametrize("pack", CONTAINERS.values(), ids=CONTAINERS)
 def test_the_estimator_takes_any_container(pack):
-    arrays = [mlp_params()["hidden"]["kernel"], mlp_params()["hidden"]["bias"], mlp_params()["output"]]
     value_and_grad = optax_sam.value_and_grad(in_container_loss, optax_sam.sam(RHO), num_micro_batches=MICRO_BATCHES)
-    params = pack(*arrays)
-    with jax.disable_jit():
-        _, expected = value_and_grad(arrays, mlp_batch())
-        _, grads = value_and_grad(params, mlp_batch())
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
-    assert_close(jax.tree.leaves(grads), jax.tree.leaves(expected))
+    estimate = lambda params, batch: value_and_grad(params, batch)[::-1]  # noqa: E731
+    assert program(estimate, pack(*ARRAYS), mlp_batch()) == program(estimate, ARRAYS, mlp_batch())
 
 
-@pytest.mark.parametrize("member", [m for m in MEMBERS if m.name != "sam-masked"], ids=lambda m: m.name)
+@members("asam", "multi-step", "momentum-ascent", "micro_batched-stable", "switch_at")
 def test_a_single_array_is_a_tree(member):
     tree = {"a": jnp.arange(6.0).reshape(2, 3) / 6, "b": jnp.ones(2)}
     flat = jnp.concatenate([tree["a"].ravel(), tree["b"]])
@@ -280,10 +292,9 @@ def test_a_single_array_is_a_tree(member):
     def tree_loss(params, batch):
         return loss_fn(jnp.concatenate([params["a"].ravel(), params["b"]]), batch)
 
-    link = member.make(RHO)
-    expected = active_output(link, tree, batch, tree_loss, member.stacked)
-    actual = active_output(link, flat, batch, loss_fn, member.stacked)
-    assert_close(actual, jnp.concatenate([expected["a"].ravel(), expected["b"]]))
+    expected = gradients_by_step(member, RHO, tree_loss, tree, batch)
+    expected = jnp.concatenate([expected["a"].reshape(STEPS, -1), expected["b"]], axis=1)
+    assert_close(gradients_by_step(member, RHO, loss_fn, flat, batch), expected)
 
 
 @every_member

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_sam
 from optax_sam._means import mean_over_micro_batches
 from tests.helpers import references
 from tests.helpers.problems import assert_identical
-from tests.helpers.registry import MEMBERS, RHO, SWITCH, every_member
+from tests.helpers.registry import RHO, SWITCH, members
 
 STEPS, START = 50, 20  # of the comparison with NumPy, and its switch
 BALL = functools.partial(optax.projections.projection_l2_ball, scale=0.12)
@@ -34,8 +34,11 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
-@pytest.mark.parametrize("reference", RECIPES, ids=lambda reference: reference.__name__)
+@pytest.mark.parametrize(
+    ("reference", "nesterov"),
+    [*((reference, False) for reference in RECIPES), (references.sam, True)],
+    ids=[*(reference.__name__ for reference in RECIPES), "sam before nesterov"],
+)
 def test_numpy_agrees_over_fifty_steps(reference, nesterov):
     rng = np.random.default_rng(0)
     x, y, w = rng.normal(size=(4, 3, 7)), rng.normal(size=(4, 3)), rng.normal(size=7)
@@ -95,6 +98,9 @@ def trees(exponents=None):
     return st.lists(leaves(exponents), min_size=1, max_size=4).filter(lambda tree: any(leaf.size for leaf in tree))
 
 
+few_examples = settings(max_examples=20)  # each of them compiles; test_norms.py has the edges
+
+
 def flat(tree):
     """All elements in float64, real and imaginary parts apart."""
     parts = [np.asarray(leaf).astype(np.complex128).ravel() for leaf in jax.tree.leaves(tree)]
@@ -105,11 +111,13 @@ def perturbation(ascent, gradient, params=None):
     return ascent.update(gradient, ascent.init(params), params)[0]
 
 
+@few_examples
 @given(trees())
 def test_norms_of_anything(tree):
     np.testing.assert_allclose(float(optax_sam.norm(tree)), np.linalg.norm(flat(tree)), rtol=1e-5)
 
 
+@few_examples
 @given(trees(), st.sampled_from([1e-3, 0.5, 20.0]))
 def test_normalized_ascents_have_length_rho_and_the_direction_of_the_gradient(tree, rho):
     epsilon = perturbation(optax_sam.normalized_ascent(rho), tree)
@@ -119,6 +127,7 @@ def test_normalized_ascents_have_length_rho_and_the_direction_of_the_gradient(tr
     np.testing.assert_allclose(flat(epsilon), expected, rtol=0.01, atol=1e-7)
 
 
+@few_examples
 @given(trees((-3, 3)), st.integers(-3, 3))
 def test_scaling_the_gradient_leaves_normalized_perturbations_as_they_are(tree, power):
     scaled = [leaf * np.asarray(2.0**power, leaf.dtype) for leaf in tree]
@@ -128,6 +137,7 @@ def test_scaling_the_gradient_leaves_normalized_perturbations_as_they_are(tree, 
         np.testing.assert_allclose(flat(actual), flat(expected), rtol=0.01, atol=1e-6)
 
 
+@few_examples
 @given(trees((-3, 3)), st.integers(0, 99))
 def test_adaptive_ascents_are_the_formula(gradient, seed):
     rng = np.random.default_rng(seed)
@@ -138,6 +148,7 @@ def test_adaptive_ascents_are_the_formula(gradient, seed):
     np.testing.assert_allclose(flat(epsilon), expected, rtol=0.02, atol=1e-5)
 
 
+@few_examples
 @given(trees((-3, 3)), st.integers(-2, 2))
 def test_renormalized_outputs_are_as_long_as_the_inputs(tree, power):
     inner = optax.stateless(lambda g, _: [jnp.flip(x) * np.asarray(10.0**power, x.dtype) for x in g])
@@ -146,6 +157,7 @@ def test_renormalized_outputs_are_as_long_as_the_inputs(tree, power):
     np.testing.assert_allclose(np.linalg.norm(flat(outputs)), np.linalg.norm(flat(tree)), rtol=0.01)
 
 
+@few_examples
 @given(st.sets(st.integers(1, 12), max_size=4))
 def test_any_mapping_switches_at_its_keys(later):
     keys = [0, *sorted(later)]
@@ -155,39 +167,45 @@ def test_any_mapping_switches_at_its_keys(later):
     assert run(link.init(None)).tolist() == [bisect.bisect_right(keys, step) - 1 for step in range(14)]
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.sampled_from(["vmap", "scan", "unroll"]))
-def test_means_over_any_number_of_micro_batches(num_micro_batches, size, strategy):
-    batch = np.random.default_rng(0).normal(size=(num_micro_batches * size, 2)).astype(np.float32)
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll", "auto"])
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 6])
+def test_means_over_any_number_of_micro_batches(num_micro_batches, strategy):
+    batch = np.random.default_rng(0).normal(size=(num_micro_batches * 3, 2)).astype(np.float32)
     evaluate = lambda index, micro_batch: jnp.max(micro_batch, axis=0)  # noqa: E731
-    mean = mean_over_micro_batches(evaluate, batch, num_micro_batches, strategy)
-    expected = batch.reshape(num_micro_batches, size, 2).max(axis=1).mean(axis=0)
+    mean = jax.jit(lambda batch: mean_over_micro_batches(evaluate, batch, num_micro_batches, strategy))(batch)
+    expected = batch.reshape(num_micro_batches, 3, 2).max(axis=1).mean(axis=0)
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", [optax_sam.sam, optax_sam.asam, optax_sam.stable_sam], ids=lambda r: r.__name__)
-def test_hundreds_of_small_arrays_are_one_big_one(recipe):
-    w = np.random.default_rng(0).normal(size=1_000_000).astype(np.float32)
+@pytest.mark.parametrize(
+    "reference", [references.sam, references.asam, references.stable_sam], ids=lambda reference: reference.__name__
+)
+def test_hundreds_of_small_arrays_are_one_vector(reference):
+    w = np.random.default_rng(0).normal(size=1_000_000)
+    params, link = [jnp.asarray(piece, jnp.float32) for piece in np.split(w, 200)], RECIPES[reference](0.1)
     grad_fn = lambda params: jax.tree.map(jnp.sin, params)  # noqa: E731
-    link = recipe(0.1)
-
-    def outputs(params):
-        return link.update(grad_fn(params), link.init(params), params, grad_fn=grad_fn)[0]
-
-    pieces = outputs([jnp.asarray(piece) for piece in np.split(w, 500)])
-    np.testing.assert_allclose(np.concatenate(pieces), outputs(jnp.asarray(w)), rtol=1e-5, atol=1e-6)
+    outputs, _ = link.update(grad_fn(params), link.init(params), params, grad_fn=grad_fn)
+    np.testing.assert_allclose(np.concatenate(outputs), reference([np.sin], w, 0.1), rtol=1e-5, atol=1e-6)
 
 
 KINDS = {
-    "float16": ["float16"] * 2,
-    "bfloat16": ["bfloat16"] * 2,
-    "float32": ["float32"] * 2,
-    "float64": ["float64"] * 2,
-    "complex64": ["complex64"] * 2,
-    "mixed": ["bfloat16", "complex64", "float32", "float64"],
+    "16 bits": ["float16", "float16"],
+    "16 and 32 bits": ["bfloat16", "complex64", "float32"],
+    "16 to 64 bits": ["bfloat16", "complex64", "float32", "float64"],
 }
 
 
-@every_member
+@members(
+    "sam-masked",
+    "asam-eta0",
+    "stable_sam-truncated",
+    "renormalized-asam",
+    "multi-step",
+    "momentum-ascent",
+    "micro_batched-stable",
+    "late-msam",
+    "switch_at",
+)
 @pytest.mark.parametrize("dtypes", KINDS.values(), ids=KINDS)
 def test_gradients_of_any_size_stay_finite_and_keep_their_dtype(member, dtypes):
     with jax.enable_x64("float64" in dtypes):
@@ -212,11 +230,12 @@ def test_gradients_of_any_size_stay_finite_and_keep_their_dtype(member, dtypes):
                 np.testing.assert_allclose(np.asarray(leaf, complex), complex(jnp.asarray(size, dtype)), rtol=0.01)
 
 
-@pytest.mark.parametrize("member", [m for m in MEMBERS if "momentum" not in m.name], ids=lambda m: m.name)
+@members("sam-masked", "asam", "stable_sam-truncated", "multi-step", "micro_batched-stable", "switch_at")
 def test_what_is_not_finite_stays_visible_and_can_be_skipped(member):
     params = {"a": jnp.ones(3), "b": jnp.full((2, 2), 2.0)}
     tx = optax.chain(member.make(RHO), optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 9))
 
+    @jax.jit
     def update(clean, perturbed, state):
         """Of two micro-batches the second is bad."""
         sizes = jnp.array([1.0, clean]) if member.stacked else clean
@@ -224,18 +243,17 @@ def test_what_is_not_finite_stays_visible_and_can_be_skipped(member):
         batch = jnp.array([1.0, perturbed]) if member.stacked else perturbed
         return tx.update(grads, state, params, grad_fn=lambda w, size: jax.tree.map(lambda x: x * size, w), batch=batch)
 
-    with jax.disable_jit():
-        state = tx.init(params)
-        for _ in range(SWITCH + 1):
-            updates, state = update(1.0, 1.0, state)
-        assert np.any(flat(updates))
-        for bad in (np.nan, np.inf):
-            for sizes in ((bad, 1.0), (1.0, bad)):
-                skipped, after = update(*sizes, state)
-                assert after[1].notfinite_count == 1
-                assert not np.any(flat(skipped))
-                assert_identical(after[1].inner_state, state[1].inner_state)
-                assert not [leaf for leaf in jax.tree.leaves(after[0]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    state = tx.init(params)
+    for _ in range(SWITCH + 1):
+        updates, state = update(1.0, 1.0, state)
+    assert np.any(flat(updates))
+    for bad in (np.nan, np.inf):
+        for sizes in ((bad, 1.0), (1.0, bad)):
+            skipped, after = update(*sizes, state)
+            assert after[1].notfinite_count == 1
+            assert not np.any(flat(skipped))
+            assert_identical(after[1].inner_state, state[1].inner_state)
+            assert not [leaf for leaf in jax.tree.leaves(after[0]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def test_an_ascent_along_an_average_keeps_it_behind_apply_if_finite():

@@ -42,11 +42,10 @@ def test_sums_are_one_of_both_neighbours_and_right_on_average(dtype):
 
 
 @NARROW
-@pytest.mark.parametrize("value", [0.0, 1.0, -1.5, 6e-8, np.inf, -np.inf])
-def test_steps_of_zero_leave_params_as_they_are(monkeypatch, dtype, value):
+def test_steps_of_zero_leave_params_as_they_are(monkeypatch, dtype):
     monkeypatch.setattr(_rounding, "_hash_uniform", lambda x, y: jnp.zeros_like(x))  # what would round anything up
-    param = jnp.full(64, value, dtype)
-    assert jnp.array_equal(rounded_sum(param, jnp.zeros(64, dtype)), param)
+    param = jnp.array([0.0, 1.0, -1.5, 6e-8, np.inf, -np.inf], dtype)
+    np.testing.assert_array_equal(rounded_sum(param, jnp.zeros_like(param)), param)
 
 
 @NARROW

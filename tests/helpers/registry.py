@@ -24,7 +24,6 @@ class Member(NamedTuple):
         make: from rho (a scalar or a schedule) to the link.
         extra_gradients: gradients that an update evaluates besides the clean one, at steps 0, 1, 2 and 3.
         stacked: whether updates and batch carry a leading axis of micro-batches.
-        scale_free: whether scaling the loss leaves the direction and length of ε as they are.
         renormalizes: whether what comes out is as long as the clean gradient.
     """
 
@@ -32,7 +31,6 @@ class Member(NamedTuple):
     make: Callable[[optax.ScalarOrSchedule], optax.GradientTransformationExtraArgs]
     extra_gradients: tuple[int, int, int, int] = (1, 1, 1, 1)
     stacked: bool = False
-    scale_free: bool = True
     renormalizes: bool = False
 
 
@@ -60,7 +58,7 @@ def _every_other(rho):
 MEMBERS = [
     Member("sam", optax_sam.sam),
     Member("sam-masked", lambda rho: optax_sam.sam(rho, mask=_matrices)),
-    Member("usam", optax_sam.usam, scale_free=False),
+    Member("usam", optax_sam.usam),
     Member("asam", optax_sam.asam),
     Member("asam-eta0", lambda rho: optax_sam.asam(rho, eta=0.0)),
     Member("stable_sam", optax_sam.stable_sam, renormalizes=True),
@@ -78,7 +76,7 @@ MEMBERS = [
         stacked=True,
     ),
     Member("late-momentum-ascent", lambda rho: optax_sam.late(_momentum_ascent(rho), SWITCH), (0, 0, 1, 1)),
-    Member("switch_at", _phases, extra_gradients=(0, 1, 1, 1), scale_free=False),
+    Member("switch_at", _phases, extra_gradients=(0, 1, 1, 1)),
     Member("switch_by", _every_other, extra_gradients=(0, 1, 0, 1)),
 ]
 
@@ -96,7 +94,17 @@ COMBINATORS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTr
 }
 
 RHO, STEPS = 0.1, 4
-every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+
+
+def members(*names):
+    """Parametrizes a test over some members: those in which the code that it is about differs."""
+    by_name = {member.name: member for member in MEMBERS}
+    return pytest.mark.parametrize("member", [by_name[name] for name in names], ids=names)
+
+
+every_member = members(*(member.name for member in MEMBERS))
+every_ascent = members("sam-masked", "usam", "renormalized-asam", "multi-step", "momentum-ascent")
+every_combination = members("multi-step", "renormalized-asam", "late-msam", "late-momentum-ascent", "switch_at")
 
 
 def batch_for(member, batch=None, num_micro_batches=MICRO_BATCHES):
