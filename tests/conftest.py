@@ -12,6 +12,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(hurry))
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -19,3 +20,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture
+def compilations():
+    """The programs that are compiled, as it happens."""
+    found = []
+    listener = lambda event, duration, **details: found.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    jax.jit(lambda: 0)()
+    assert found, "the event has another name by now"
+    found.clear()
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listener)

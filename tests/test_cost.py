@@ -9,17 +9,23 @@ import pytest
 
 import optax_sam
 from benchmarks import networks, overhead, step_cost
+from tests.helpers.problems import (
+    cnn_batch,
+    cnn_loss,
+    cnn_params,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    training_step,
+)
 
-TASK = networks.Task(networks.Transformer(width=256, layers=2), (32, 8))
+TASK = networks.Task(networks.Transformer(width=256, layers=1), (32, 8))
 OPTIMIZER = optax.adamw(1e-3)
-SAM = optax_sam.sam(0.05)
+PLAIN, SAM = optax.identity(), optax_sam.sam(0.05)
 
 
 def num_bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-PARAMS = num_bytes(jax.eval_shape(TASK.init))
 
 
 @functools.cache
@@ -29,67 +35,68 @@ def compiled(link, **options):
     return jax.jit(step, donate_argnums=0).lower(state, TASK.batch()).compile()
 
 
-def temporary(link, **options):
+def temporary(program):
     """Temporary memory in units of the params."""
-    return compiled(link, **options).memory_analysis().temp_size_in_bytes / PARAMS
+    return program.memory_analysis().temp_size_in_bytes / num_bytes(jax.eval_shape(TASK.init))
 
 
-PLAIN = optax.identity()
+def flops(program):
+    return program.cost_analysis()["flops"]
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("link", [SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["sam", "asam", "stable"])
-def test_sam_needs_one_more_copy_of_the_params_and_twice_the_flops(link):
-    assert temporary(link) <= temporary(PLAIN) + 1.1
-    ratio = compiled(link).cost_analysis()["flops"] / compiled(PLAIN).cost_analysis()["flops"]
-    assert 1.9 < ratio < 2.02
+def num_instructions(program):
+    return program.as_text().count(" = ")
 
 
 @pytest.mark.heavy
-def test_renormalization_costs_norms():
-    flops = compiled(optax_sam.stable_sam(0.05)).cost_analysis()["flops"] / compiled(SAM).cost_analysis()["flops"]
-    assert 1 < flops < 1.03
+def test_sam_needs_one_more_copy_of_the_params_and_twice_the_flops_and_renormalization_norms():
+    plain, sam, *others = (compiled(link) for link in (PLAIN, SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)))
+    for program in (sam, *others):
+        assert temporary(program) <= temporary(plain) + 1.1
+        assert 1.9 < flops(program) / flops(plain) < 2.02
+    assert 1 < flops(others[-1]) / flops(sam) < 1.03
+
+
+SETTINGS = [(mlp_loss, mlp_params(), mlp_batch(size=2048)), (cnn_loss, cnn_params(), cnn_batch(size=64))]
+every_setting = pytest.mark.parametrize(("loss_fn", "params", "batch"), SETTINGS, ids=["mlp", "cnn"])
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("num_micro_batches", [4, 8, 32])
+@every_setting
+def test_flops_of_msam_are_those_of_two_gradients(loss_fn, params, batch):
+    def flops_of(link, **options):
+        return flops(jax.jit(optax_sam.value_and_grad(loss_fn, link, **options)).lower(params, batch).compile())
+
+    for strategy in ("vmap", "unroll"):  # of a loop XLA counts the body once
+        assert flops_of(SAM, num_micro_batches=4, strategy=strategy) <= 2.02 * flops_of(PLAIN)
+
+
+@pytest.mark.heavy
+@every_setting
+def test_flops_of_a_chain_with_stable_sam_are_those_of_two_gradients(loss_fn, params, batch):
+    def flops_of(link):
+        tx = optax.with_extra_args_support(optax.chain(link, optax.sgd(0.1)))
+        return flops(jax.jit(training_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile())
+
+    assert flops_of(optax_sam.stable_sam(0.1)) <= 2.02 * flops_of(PLAIN)
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
 @pytest.mark.parametrize("strategy", ["scan", "auto"])
-def test_memory_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy, ascent_per, num_micro_batches):
+def test_memory_and_program_of_a_loop_do_not_grow_with_micro_batches(monkeypatch, strategy, ascent_per):
     monkeypatch.setattr(optax_sam._means, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
     options = {"strategy": strategy, "ascent_per": ascent_per}
-    here = temporary(SAM, num_micro_batches=num_micro_batches, **options)
-    assert here <= temporary(PLAIN) + 3
-    assert here <= 1.01 * temporary(SAM, num_micro_batches=4, **options)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("strategy", ["scan", "auto"])
-def test_program_of_a_loop_does_not_grow_with_micro_batches(monkeypatch, strategy):
-    monkeypatch.setattr(optax_sam._means, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
-
-    def num_instructions(num_micro_batches):
-        return compiled(SAM, strategy=strategy, num_micro_batches=num_micro_batches).as_text().count(" = ")
-
-    assert num_instructions(32) < 1.1 * num_instructions(4)
-
-
-@pytest.fixture
-def compilations():
-    """The names of what is compiled, as it happens."""
-    jax.clear_caches()
-    events = []
-    listener = lambda event, duration, **details: events.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listener)
+    few, many = (compiled(SAM, num_micro_batches=number, **options) for number in (4, 32))
+    assert temporary(few) <= temporary(compiled(PLAIN)) + 3
+    assert temporary(many) <= 1.01 * temporary(few)
+    assert num_instructions(many) < 1.1 * num_instructions(few)
 
 
 def test_without_jit_a_second_call_compiles_nothing(compilations):
     params, batch = {"w": jnp.ones(3)}, jnp.ones((4, 3))
     function = optax_sam.value_and_grad(lambda w, x: jnp.mean((x @ w["w"]) ** 2), SAM, num_micro_batches=4)
     function(params, batch)
-    assert compilations
     compilations.clear()
     function(params, batch)
     assert not compilations
@@ -98,14 +105,11 @@ def test_without_jit_a_second_call_compiles_nothing(compilations):
 @pytest.mark.parametrize(
     "link",
     [
-        SAM,
-        optax_sam.late(SAM, 3),
-        optax_sam.late(optax_sam.late(SAM, 1), 2),
+        optax_sam.late(optax_sam.switch_by(lambda step: step % 2, [PLAIN, SAM]), 1),
         optax_sam.switch_at({0: PLAIN, 1: optax_sam.asam(0.1), 3: optax_sam.stable_sam(optax.constant_schedule(0.1))}),
-        optax_sam.switch_by(lambda step: step % 2, [PLAIN, SAM]),
         optax_sam.measured(optax_sam.late(SAM, 3)),
     ],
-    ids=["sam", "late", "nested", "three phases", "alternating", "measured"],
+    ids=["nested", "three phases", "measured"],
 )
 def test_without_jit_switches_compile_nothing_after_each_link_has_run(compilations, link):
     loss_fn = lambda w, x: jnp.mean((x @ w["w"]) ** 2)  # noqa: E731
@@ -119,14 +123,13 @@ def test_without_jit_switches_compile_nothing_after_each_link_has_run(compilatio
         params = optax.apply_updates(params, updates)
         counts.append(len(compilations))
         compilations.clear()
-    assert counts[0] > 0
     assert counts[5:] == [0, 0, 0]
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("link", "options", "unread"),
-    [(SAM, {}, 0), (SAM, {"num_micro_batches": 8}, 0), (optax_sam.late(SAM, 5), {}, 4)],
+    [(SAM, {}, 0), (SAM, {"num_micro_batches": 4}, 0), (optax_sam.late(SAM, 5), {}, 4)],
     ids=["sam", "scan", "late"],
 )
 def test_donated_state_is_updated_in_place(link, options, unread):
@@ -141,11 +144,10 @@ def test_donated_state_is_updated_in_place(link, options, unread):
 @pytest.mark.parametrize(
     "link",
     [
-        optax_sam.late(SAM, 2),
-        optax_sam.stable_sam(optax.linear_schedule(0.0, 0.1, 5)),
+        optax_sam.late(optax_sam.stable_sam(optax.linear_schedule(0.0, 0.1, 5)), 2),
         optax_sam.switch_by(lambda step: step % 2, [PLAIN, SAM]),
     ],
-    ids=["late", "schedule", "alternating"],
+    ids=["late", "alternating"],
 )
 def test_steps_neither_recompile_nor_touch_the_host(link):
     task = networks.Task(networks.MLP(), (8, 28, 28, 1))
@@ -161,11 +163,10 @@ def test_steps_neither_recompile_nor_touch_the_host(link):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("link", [SAM, optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["sam", "asam", "stable"])
+@pytest.mark.parametrize("link", [optax_sam.asam(0.5), optax_sam.stable_sam(0.05)], ids=["asam", "stable"])
 def test_program_grows_linearly_with_the_number_of_leaves(link):
-    def num_instructions(num_leaves):
+    def instructions(num_leaves):
         params = {f"{index}": jnp.full(10, index / num_leaves) for index in range(num_leaves)}
-        program = jax.jit(functools.partial(overhead.update, link)).lower(params).compile()
-        return program.as_text().count(" = ")
+        return num_instructions(jax.jit(functools.partial(overhead.update, link)).lower(params).compile())
 
-    assert num_instructions(128) < 2.2 * num_instructions(64)
+    assert instructions(64) < 2.2 * instructions(32)

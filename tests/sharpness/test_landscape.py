@@ -5,15 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
-from tests.helpers.problems import cnn_batch, cnn_loss, cnn_params, mlp_batch, mlp_loss, mlp_params
+from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
 
 ONE = [jnp.ones(1)]
-BATCHES = [jax.tree.map(lambda x, s=s: x[s], mlp_batch(size=32)) for s in (slice(0, 20), slice(20, 32))]
+EXAMPLES = mlp_batch(size=32)
+BATCHES = [jax.tree.map(lambda x, s=s: x[s], EXAMPLES) for s in (slice(0, 20), slice(20, 32))]
+
+
+loss_of_all = jax.jit(lambda params: mlp_loss(params, EXAMPLES))
 
 
 class CountedPasses(list):
@@ -50,10 +53,10 @@ def test_line_of_a_network_in_one_pass_and_without_an_evaluation_twice(capsys):
     assert f"/{2 * 33} [" in capsys.readouterr().err  # 29 positions and 2 more at each end, for 2 batches
     for index in (0, 4, 17):
         x = line.positions[index]
-        point = optax.tree.add(optax.tree.scale(1 - x, first), optax.tree.scale(x, second))
-        np.testing.assert_allclose(line.losses[index], mlp_loss(point, mlp_batch(size=32)), rtol=1e-5)
-    ends = optax_sam.loss_along(mlp_loss, first, second, [mlp_batch(size=32)], [0, 1]).losses
-    np.testing.assert_allclose(ends, [mlp_loss(end, mlp_batch(size=32)) for end in (first, second)], rtol=1e-6)
+        point = jax.tree.map(lambda a, b, x=x: (1 - x) * np.asarray(a) + x * np.asarray(b), first, second)
+        np.testing.assert_allclose(line.losses[index], loss_of_all(point), rtol=1e-5)
+    ends = optax_sam.loss_along(mlp_loss, first, second, BATCHES, [0, 1]).losses
+    np.testing.assert_allclose(ends, [loss_of_all(first), loss_of_all(second)], rtol=1e-6)
 
 
 def test_surface_moves_along_filter_normalized_directions():
@@ -82,11 +85,11 @@ def test_surface_moves_along_filter_normalized_directions():
 
 
 def test_surface_of_a_network():
-    surface = optax_sam.loss_surface(cnn_loss, cnn_params(), [cnn_batch()], [-0.5, 0.0, 0.5], key=jax.random.key(1))
+    surface = optax_sam.loss_surface(mlp_loss, mlp_params(), BATCHES, [-0.5, 0.0, 0.5], key=jax.random.key(1))
     assert surface.losses.shape == (3, 3)
-    np.testing.assert_allclose(surface.losses[1, 1], cnn_loss(cnn_params(), cnn_batch()), rtol=1e-6)
+    np.testing.assert_allclose(surface.losses[1, 1], loss_of_all(mlp_params()), rtol=1e-6)
     assert len(np.unique(surface.losses)) == 9
-    other = optax_sam.loss_surface(cnn_loss, cnn_params(), [cnn_batch()], [-0.5, 0.0, 0.5])
+    other = optax_sam.loss_surface(mlp_loss, mlp_params(), BATCHES, [-0.5, 0.0, 0.5])
     assert np.sum(surface.losses == other.losses) == 1
 
 
@@ -111,7 +114,7 @@ def test_surface_in_one_pass_with_a_bar_of_all_points(capsys):
     assert surface.losses.shape == (21, 21)
     np.testing.assert_allclose(surface.positions, np.linspace(-1, 1, 21))
     assert f"/{2 * 21 * 21} [" in capsys.readouterr().err
-    np.testing.assert_allclose(surface.losses[10, 10], mlp_loss(mlp_params(), mlp_batch(size=32)), rtol=1e-6)
+    np.testing.assert_allclose(surface.losses[10, 10], loss_of_all(mlp_params()), rtol=1e-6)
 
 
 def test_narrow_params_are_widened():
@@ -122,18 +125,22 @@ def test_narrow_params_are_widened():
     assert len(np.unique(surfaces[0].losses)) == 4
 
 
+def cosines(params, x):
+    return jnp.mean(x) * jnp.sum(jnp.cos(params["w"])) + jnp.sum(params["b"])
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_params_give_the_same(kind):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(kind,))
     params = {"w": jnp.linspace(0, 1, 128).reshape(16, 8), "b": jnp.ones(8)}
-    loss_fn = lambda params, x: jnp.mean(x) * jnp.sum(jnp.cos(params["w"])) + jnp.sum(params["b"])  # noqa: E731
-    line = lambda w, batches: optax_sam.loss_along(loss_fn, w, jax.tree.map(jnp.zeros_like, w), batches, [0, 1])  # noqa: E731
-    surface = functools.partial(optax_sam.loss_surface, loss_fn, positions=[-1.0, 0.5])
+    line = lambda w, batches: optax_sam.loss_along(cosines, w, jax.tree.map(jnp.zeros_like, w), batches, [0, 1])  # noqa: E731
+    surface = functools.partial(optax_sam.loss_surface, cosines, positions=[-1.0, 0.5])
+    expected = line(params, ONE).losses, surface(params, batches=ONE).losses
     for spec in (PartitionSpec("model"), PartitionSpec(None, "model")):
         shardings = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, PartitionSpec())}
         with jax.set_mesh(mesh):
             sharded = jax.device_put(params, shardings)
             batches = [jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("model")))]
             lines, surfaces = line(sharded, batches), surface(sharded, batches=batches)
-        np.testing.assert_allclose(lines.losses, line(params, ONE).losses, rtol=1e-5)
-        np.testing.assert_allclose(surfaces.losses, surface(params, batches=ONE).losses, rtol=1e-5)
+        np.testing.assert_allclose(lines.losses, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(surfaces.losses, expected[1], rtol=1e-5)
