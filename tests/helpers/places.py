@@ -93,17 +93,19 @@ def compiled(loss_fn):
     return jax.jit(jax.value_and_grad(loss_fn))
 
 
-def on_one_device(method, ascents, loss_fn=mlp_loss, params=PARAMS, batch=BATCH):
+def on_one_device(method, ascents, loss_fn=mlp_loss, params=PARAMS, batch=BATCH, weights=None):
     """The loss, and the gradient by a method of the references, with an ascent for each of equal parts of the batch."""
     w, tree_of = ravel_pytree(params)
-    parts = [jax.tree.map(lambda x, i=i: x[i], split(batch, ascents)) for i in range(ascents)]
+    chosen = np.arange(ascents) if weights is None else np.flatnonzero(weights)
+    parts = [jax.tree.map(lambda x, i=i: x[i], split(batch, ascents)) for i in chosen]
+    mean = functools.partial(np.average, axis=0, weights=None if weights is None else np.asarray(weights)[chosen])
 
     def gradient_of(part):
         return lambda w: np.asarray(ravel_pytree(compiled(loss_fn)(tree_of(jnp.float32(w)), part)[1])[0], np.float64)
 
-    loss = np.mean([compiled(loss_fn)(params, part)[0] for part in parts], dtype=np.float32)
-    gradients = [method([gradient_of(part)], np.asarray(w, np.float64), RHO) for part in parts]
-    return loss, tree_of(jnp.float32(np.mean(gradients, axis=0)))
+    loss = mean([compiled(loss_fn)(params, part)[0] for part in parts])
+    gradient = mean([method([gradient_of(part)], np.asarray(w, np.float64), RHO) for part in parts])
+    return jnp.float32(loss), tree_of(jnp.float32(gradient))
 
 
 def of_each_part(link, loss_fn, parts, weights=None):
