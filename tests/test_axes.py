@@ -11,9 +11,27 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
-from tests.helpers.places import BATCH, DEVICES, GRAD_FN, MAPS, PARAMS, PLACES, RHO, every_map, own, own_gradient
+from tests.helpers import references
+from tests.helpers.measuring import assert_measured, mean_of_what_happens
+from tests.helpers.places import (
+    BATCH,
+    DEVICES,
+    GRAD_FN,
+    KINDS,
+    MAPS,
+    PARAMS,
+    PLACES,
+    RHO,
+    every_kind_of_map,
+    of_each_part,
+    on_one_device,
+    own,
+    own_gradient,
+    plain,
+    three_calls,
+)
 from tests.helpers.problems import assert_close, assert_identical, mlp_batch, mlp_loss, split
-from tests.helpers.registry import every_member
+from tests.helpers.registry import MEMBERS
 
 # What cannot be right is refused.
 
@@ -47,8 +65,7 @@ def test_value_fn_whose_gradient_is_summed_is_refused():
 
 def test_loss_that_is_averaged_over_devices_needs_no_axis_name():
     function = optax_sam.value_and_grad(lambda p, b: jax.lax.pmean(mlp_loss(p, b), "data"), optax_sam.sam(RHO))
-    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO))
-    assert_close(MAPS["shard_map"](function, PARAMS), single(PARAMS, BATCH))
+    assert_close(MAPS["shard_map"](function, PARAMS), on_one_device(references.sam, 1))
 
 
 # Losses that average over the axis themselves, the habit of pmap: the same numbers in every place.
@@ -65,44 +82,45 @@ OWN_LOSSES = {
 }
 
 
-@every_map
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
-def test_losses_that_average_themselves_are_right_in_the_estimator(run, kind, ascent_per):
+@every_kind_of_map
+def test_losses_that_average_themselves_are_right_in_the_estimator(run):
     # USAM, whose ε is wrong too where the gradient is too small.
-    def estimate(loss_fn, **options):
-        return optax_sam.value_and_grad(loss_fn, optax_sam.usam(RHO), ascent_per=ascent_per, **options)
+    def estimate(kind, ascent_per):
+        options = {"num_micro_batches": 2, "axis_name": "data", "ascent_per": ascent_per}
+        return optax_sam.value_and_grad(LOSSES[kind], optax_sam.usam(RHO), **options)
 
-    actual = run(estimate(LOSSES[kind], num_micro_batches=2, axis_name="data"), PARAMS)
-    assert_close(actual, estimate(OWN_LOSSES[kind], num_micro_batches=2 * DEVICES)(PARAMS, BATCH))
-
-
-@every_member
-@pytest.mark.parametrize("place", ["pmap", "shard_map", "shard_map unchecked"])
-def test_losses_that_average_themselves_are_right_for_every_recipe(member, place):
-    if member.stacked:
-        pytest.skip("the estimator averages")
-    link, loss_fn = member.make(RHO), LOSSES["averaged"]
-    estimator = optax_sam.gradient_estimator(loss_fn, link, axis_name="data")
-    single = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=DEVICES)
-    state = expected_state = link.init(PARAMS)
-    for _ in range(3):
-        loss, grads, state = MAPS[place](estimator.value_and_grad, PARAMS, state)
-        expected_loss, expected, expected_state = jax.jit(single.value_and_grad)(PARAMS, expected_state, BATCH)
-        assert_close((loss, grads, state), (expected_loss, expected, expected_state))
+    ascents = {"micro_batch": 2 * DEVICES, "batch": 1}
+    cells = [(kind, ascent_per) for kind in LOSSES for ascent_per in ascents]
+    actual = run(lambda *args: {cell: estimate(*cell)(*args) for cell in cells}, PARAMS)
+    assert_close(
+        actual, {(kind, per): on_one_device(references.usam, ascents[per], OWN_LOSSES[kind]) for kind, per in cells}
+    )
 
 
-@every_map
+ALONE = {member.name: member.make(RHO) for member in MEMBERS if not member.stacked}
+SOME = {name: ALONE[name] for name in ("stable_sam", "late-momentum-ascent")}  # a norm; a branch and floats in a state
+
+
+@pytest.mark.parametrize(
+    ("place", "links"), [("pmap", SOME), ("vmap", SOME), ("shard_map", ALONE)], ids=["pmap", "vmap", "shard_map"]
+)
+def test_losses_that_average_themselves_are_right_for_every_recipe(place, links):
+    """Only ``shard_map`` shows a recipe, in the types, what varies over the devices."""
+
+    def estimate_of(link):
+        return optax_sam.gradient_estimator(LOSSES["averaged"], link, axis_name="data").value_and_grad
+
+    expected = three_calls(links, lambda link: of_each_part(link, mlp_loss, DEVICES))
+    assert_close(MAPS[place](three_calls(links, estimate_of), PARAMS), jax.jit(expected)(PARAMS, BATCH))
+
+
+@every_kind_of_map
 def test_measurements_of_losses_that_average_themselves_are_those_of_each_member(run):
     link = optax_sam.measured(optax_sam.usam(RHO))
     estimator = optax_sam.gradient_estimator(LOSSES["averaged"], link, axis_name="data")
-    single = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=DEVICES)
     _, _, state = run(estimator.value_and_grad, PARAMS, link.init(PARAMS))
-    found, expected = (
-        optax_sam.measurements(s) for s in (state, single.value_and_grad(PARAMS, link.init(PARAMS), BATCH)[2])
-    )
     # Each member's perturbed loss is the average over all members, each at its own ε.
-    assert_close(found, expected)
+    assert_measured(optax_sam.measurements(state), mean_of_what_happens(optax_sam.usam(RHO), DEVICES))
 
 
 @pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
@@ -142,33 +160,32 @@ def test_measured_refuses_an_averaged_loss_beside_a_members_own_gradient(place, 
         MAPS[place](member, PARAMS, link.init(PARAMS))
 
 
-@every_map
+@every_kind_of_map
 def test_value_fn_with_each_members_own_loss_is_right(run):
     link = optax_sam.msam(RHO, "data")
     update = lambda w, state, b: link.update(GRAD_FN(own(w), b), state, w, value_fn=mlp_loss, batch=b)  # noqa: E731
     actual, _ = run(update, PARAMS, link.init(PARAMS))
-    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
-    assert_close(actual, single(PARAMS, BATCH)[1])
+    assert_close(actual, on_one_device(references.sam, DEVICES)[1])
 
 
-@every_map
+@every_kind_of_map
 def test_switch_between_an_average_and_none_is_refused(run):
     link = optax_sam.late(optax_sam.msam(RHO, "data"), 1)
     with pytest.raises(ValueError, match=r"phase from step 1 averages over the mapped axis 'data' and .* 0 does not"):
         run(own_gradient(link), PARAMS, link.init(PARAMS))
 
 
-@every_map
+@every_kind_of_map
 def test_switch_between_averages_is_right(run):
     inner = {0: optax_sam.micro_batched(optax.identity(), "data"), 1: optax_sam.msam(RHO, "data")}
     link = optax_sam.switch_at(inner)
-    first, state = run(own_gradient(link), PARAMS, link.init(PARAMS))
-    second, _ = run(own_gradient(link), PARAMS, state)
-    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
-    assert_close((first, second), (GRAD_FN(PARAMS, BATCH), single(PARAMS, BATCH)[1]))
+    gradient = own_gradient(link)
+    first, state = run(gradient, PARAMS, link.init(PARAMS))
+    second, _ = run(gradient, PARAMS, state)
+    assert_close((first, second), (on_one_device(plain, 1)[1], on_one_device(references.sam, DEVICES)[1]))
 
 
-@every_map
+@every_kind_of_map
 @pytest.mark.parametrize("inner", [optax_sam.msam(RHO, "data"), optax_sam.late(optax_sam.msam(RHO, "data"), 0)])
 def test_renormalization_around_an_average_is_refused(run, inner):
     link = optax_sam.renormalized(inner)
@@ -176,7 +193,7 @@ def test_renormalization_around_an_average_is_refused(run, inner):
         run(own_gradient(link), PARAMS, link.init(PARAMS))
 
 
-@pytest.mark.parametrize("place", [place for place in MAPS if place != "vmap"])
+@pytest.mark.parametrize("place", ["pmap", "shard_map"])
 def test_branches_that_differ_between_devices_are_refused(place):
     inner = optax_sam.switch_by(lambda step: jax.lax.axis_index("data") % 2, [optax.identity(), optax_sam.sam(RHO)])
     link = optax_sam.micro_batched(inner, "data")
@@ -184,21 +201,19 @@ def test_branches_that_differ_between_devices_are_refused(place):
         MAPS[place](own_gradient(link), PARAMS, link.init(PARAMS))
 
 
-@every_map
+@every_kind_of_map
 def test_index_that_is_the_same_on_all_members_is_accepted(run):
     inner = optax_sam.switch_by(lambda step: step >= 0, [optax.identity(), optax_sam.sam(RHO)])
     link = optax_sam.micro_batched(inner, "data")
-    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
     actual, _ = run(own_gradient(link), PARAMS, link.init(PARAMS))
-    assert_close(actual, single(PARAMS, BATCH)[1])
+    assert_close(actual, on_one_device(references.sam, DEVICES)[1])
 
 
 def test_index_that_reads_the_axis_and_is_the_same_on_all_members_is_accepted():
     everywhere = lambda step: jax.lax.psum(jax.lax.axis_index("data"), "data") > 3  # noqa: E731
     link = optax_sam.micro_batched(optax_sam.switch_by(everywhere, [optax.identity(), optax_sam.sam(RHO)]), "data")
-    single = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=DEVICES)
     actual, _ = MAPS["shard_map"](own_gradient(link), PARAMS, link.init(PARAMS))
-    assert_close(actual, single(PARAMS, BATCH)[1])
+    assert_close(actual, on_one_device(references.sam, DEVICES)[1])
 
 
 @pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
@@ -218,7 +233,7 @@ def test_params_that_were_marked_as_varying_are_refused(place):
         MAPS[place](lambda w, state, batch: estimator.value_and_grad(own(w), state, batch), PARAMS, plain.init(PARAMS))
 
 
-@every_map
+@every_kind_of_map
 def test_batch_that_does_not_divide_is_refused_with_all_three_numbers(run):
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=3, axis_name="data")
     with pytest.raises(ValueError, match="batch_size=32 must be divisible by devices × num_micro_batches = 8 × 3"):
@@ -237,7 +252,7 @@ def test_batch_on_an_explicit_mesh_that_does_not_divide_is_refused_with_all_thre
             jax.jit(function)(PARAMS, batch)
 
 
-@every_map
+@every_kind_of_map
 def test_axis_that_is_not_mapped_is_named(run):
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), axis_name="model")
     with pytest.raises(ValueError, match="axis_name='model' is not a mapped axis here"):
@@ -267,48 +282,50 @@ def test_losses_that_do_not_fit_whole_micro_batches_on_each_device_are_explained
 # State, aux and randomness.
 
 
-@every_map
-@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
-def test_large_float16_gradients_do_not_overflow(run, ascent_per):
+@every_kind_of_map
+def test_large_float16_gradients_do_not_overflow(run):
     params = jnp.ones(3, jnp.float16)
 
     def loss_fn(w, batch):
         outputs = (w[None] * jnp.float16(20_000)).astype(jnp.float32)
         return jnp.mean(jnp.sum(outputs, axis=1)) + 0 * jnp.sum(batch["y"])
 
-    function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), axis_name="data", ascent_per=ascent_per)
-    _, grads = run(function, params)
-    assert_close(jnp.asarray(grads), jnp.full(3, 20_000, jnp.float16))
+    functions = [
+        optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), axis_name="data", ascent_per=ascent_per)
+        for ascent_per in ("micro_batch", "batch")
+    ]
+    actual = run(lambda *args: [function(*args)[1] for function in functions], params)
+    assert_close(actual, [jnp.full(3, 20_000, jnp.float16)] * 2)
 
 
-@every_map
+@every_kind_of_map
 def test_float_states_are_averaged_over_devices_and_counters_shared(run):
-    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(optax.constant_schedule(0.1)))
-    estimator = optax_sam.gradient_estimator(mlp_loss, optax_sam.sharpness_aware(ascent), axis_name="data")
-    _, _, state = run(estimator.value_and_grad, PARAMS, estimator.init(PARAMS))
-    ema, schedule = state.ascent_state
-    assert int(schedule.ascent_step) == 1
-    assert_close(ema.ema, jax.tree.map(lambda g: g / 2, GRAD_FN(PARAMS, BATCH)))
-
-
-@every_map
-@pytest.mark.parametrize("form", ["micro_batch", "batch", "chain"])
-def test_late_link_with_a_float_state(run, form):
-    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(0.1))
+    rho = optax.constant_schedule(0.1)
+    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(rho))
     link = optax_sam.late(optax_sam.sharpness_aware(ascent), 1)
-    if form == "chain":
-        function = own_gradient(optax_sam.micro_batched(link, "data"))
-    else:
-        estimator = optax_sam.gradient_estimator(mlp_loss, link, ascent_per=form, axis_name="data")
-        function = lambda *args: estimator.value_and_grad(*args)[1:]  # noqa: E731
-    grads, state = run(function, PARAMS, link.init(PARAMS))
-    assert_close(grads, GRAD_FN(PARAMS, BATCH))
-    _, state = run(function, PARAMS, state)
-    assert_identical(state.switch_step, jnp.int32(2))
-    assert_close(state.link_states[1].ascent_state[0].ema, jax.tree.map(lambda g: g / 2, GRAD_FN(PARAMS, BATCH)))
+
+    def estimate(ascent_per):
+        estimator = optax_sam.gradient_estimator(mlp_loss, link, ascent_per=ascent_per, axis_name="data")
+        return lambda *args: estimator.value_and_grad(*args)[1:]
+
+    forms = [estimate("micro_batch"), estimate("batch"), own_gradient(optax_sam.micro_batched(link, "data"))]
+
+    def update(params, states, batch):
+        results = [form(params, state, batch) for form, state in zip(forms, states, strict=True)]
+        return tuple(zip(*results, strict=True))
+
+    clean = on_one_device(plain, 1)[1]
+    grads, states = run(update, PARAMS, (link.init(PARAMS),) * len(forms))
+    assert_close(grads, (clean,) * len(forms))
+    _, states = run(update, PARAMS, states)
+    for state in states:
+        assert_identical(state.switch_step, jnp.int32(2))
+        ema, schedule = state.link_states[1].ascent_state
+        assert_identical(schedule.ascent_step, jnp.int32(1))
+        assert_close(ema.ema, jax.tree.map(lambda g: g / 2, clean))
 
 
-@pytest.mark.parametrize("place", [*MAPS, "one device"])
+@pytest.mark.parametrize("place", [*KINDS, "one device"])
 def test_states_that_differ_between_micro_batches_and_are_not_float_are_those_of_the_first(place):
     class Seen(NamedTuple):
         positive: jax.Array
@@ -339,7 +356,7 @@ def test_states_that_differ_between_micro_batches_and_are_not_float_are_those_of
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(reference_key))
 
 
-@every_map
+@every_kind_of_map
 def test_aux_is_averaged_or_the_first(run):
     def loss_fn(params, batch):
         return mlp_loss(params, batch), {"mean": jnp.mean(batch["y"]), "sign": batch["y"][0] > 0, "size": 4}
@@ -370,53 +387,47 @@ def normalized_loss(axis_name):
     return loss_fn
 
 
-@every_map
-def test_batch_norm_across_devices_equals_one_device(run):
-    variables = Normalized().init(jax.random.key(0), BATCH["x"])
-    params, stats = variables["params"], variables["batch_stats"]
-    options = {"has_aux": True, "ascent_per": "batch"}
-    mapped = optax_sam.value_and_grad(normalized_loss("data"), optax_sam.sam(RHO), axis_name="data", **options)
-    single = optax_sam.value_and_grad(normalized_loss(None), optax_sam.sam(RHO), **options)
-    assert_close(
-        run(lambda params, stats, batch: mapped(params, batch, stats), params, stats), single(params, BATCH, stats)
-    )
+def normalized_on_one_device(params, stats, parts):
+    loss_fn = lambda params, part: normalized_loss(None)(params, part, stats)  # noqa: E731
+    loss, gradient = on_one_device(references.sam, parts, lambda *args: loss_fn(*args)[0], params)
+    updated = jax.vmap(loss_fn, in_axes=(None, 0))(params, split(BATCH, parts))[1]
+    return (loss, jax.tree.map(lambda x: jnp.mean(x, axis=0), updated)), gradient
 
 
-@every_map
-def test_batch_norm_per_device_has_the_statistics_of_micro_batches(run):
-    variables = Normalized().init(jax.random.key(0), BATCH["x"])
+@pytest.mark.parametrize("place", ["pmap", "shard_map"])
+def test_batch_norm_has_the_statistics_of_all_devices_or_of_each(place):
+    variables = jax.jit(Normalized().init)(jax.random.key(0), BATCH["x"])
     params, stats = variables["params"], variables["batch_stats"]
-    mapped = optax_sam.value_and_grad(normalized_loss(None), optax_sam.sam(RHO), has_aux=True, axis_name="data")
-    single = optax_sam.value_and_grad(
-        normalized_loss(None), optax_sam.sam(RHO), has_aux=True, num_micro_batches=DEVICES, strategy="unroll"
-    )
-    assert_close(
-        run(lambda params, stats, batch: mapped(params, batch, stats), params, stats), single(params, BATCH, stats)
-    )
+    options = {"has_aux": True, "axis_name": "data"}
+    across = optax_sam.value_and_grad(normalized_loss("data"), optax_sam.sam(RHO), ascent_per="batch", **options)
+    on_each = optax_sam.value_and_grad(normalized_loss(None), optax_sam.sam(RHO), **options)
+    both = lambda params, stats, batch: (across(params, batch, stats), on_each(params, batch, stats))  # noqa: E731
+    expected = normalized_on_one_device(params, stats, 1), normalized_on_one_device(params, stats, DEVICES)
+    assert_close(MAPS[place](both, params, stats), expected)
 
 
 def draw_loss(params, batch, key):
-    return jnp.sum(params**2), jax.random.uniform(key)
+    return jnp.sum(params**2), jax.random.uniform(key) * jnp.sum(batch["y"])
 
 
-@every_map
-@pytest.mark.parametrize("num_micro_batches", [2, DEVICES])
-def test_devices_draw_different_random_numbers(run, num_micro_batches):
-    function = optax_sam.value_and_grad(
-        draw_loss, optax_sam.sam(RHO), has_aux=True, num_micro_batches=num_micro_batches, axis_name="data"
-    )
-    key, batch = jax.random.key(0), {"x": jnp.ones(DEVICES**2)}
-    (_, mean), _ = run(lambda params, batch: function(params, batch, key), jnp.ones(2), batch=batch)
-    draws = [float(jax.random.uniform(jax.random.fold_in(key, index))) for index in range(DEVICES * num_micro_batches)]
-    np.testing.assert_allclose(float(mean), np.mean(draws), rtol=1e-6)
+def mean_draw(num_micro_batches):
+    draws = [jax.random.uniform(jax.random.fold_in(jax.random.key(0), index)) for index in range(num_micro_batches)]
+    return np.mean(np.multiply(draws, np.sum(np.reshape(BATCH["y"], (num_micro_batches, -1)), axis=1)))
+
+
+@every_kind_of_map
+def test_each_micro_batch_of_each_device_draws_its_own_random_numbers(run):
+    options = {"has_aux": True, "num_micro_batches": 2, "axis_name": "data"}
+    function = optax_sam.value_and_grad(draw_loss, optax_sam.sam(RHO), **options)
+    (_, mean), _ = run(lambda params, batch: function(params, batch, jax.random.key(0)), jnp.ones(2))
+    np.testing.assert_allclose(float(mean), mean_draw(2 * DEVICES), rtol=1e-5)
 
 
 def test_devices_of_an_explicit_mesh_draw_the_numbers_of_one_device():
     function = optax_sam.value_and_grad(draw_loss, optax_sam.sam(RHO), has_aux=True, num_micro_batches=2 * DEVICES)
-    key = jax.random.key(0)
-    (_, mean), _ = PLACES["jit explicit"](lambda params, batch: function(params, batch, key), jnp.ones(2))
-    (_, expected), _ = function(jnp.ones(2), BATCH, key)
-    np.testing.assert_allclose(float(mean), float(expected), rtol=1e-6)
+    draw = lambda params, batch: function(params, batch, jax.random.key(0))  # noqa: E731
+    (_, mean), _ = PLACES["jit explicit"](draw, jnp.ones(2))
+    np.testing.assert_allclose(float(mean), mean_draw(2 * DEVICES), rtol=1e-5)
 
 
 def test_arguments_that_are_not_arrays_reach_the_loss_on_an_explicit_mesh():
@@ -426,7 +437,8 @@ def test_arguments_that_are_not_arrays_reach_the_loss_on_an_explicit_mesh():
 
     function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), num_micro_batches=DEVICES)
     with_arguments = lambda params, batch: function(params, batch, jnp.float32(3), kind="text", train=True)  # noqa: E731
-    assert_close(PLACES["jit explicit"](with_arguments, PARAMS), with_arguments(PARAMS, BATCH))
+    expected = on_one_device(references.sam, DEVICES, lambda params, batch: 3 * mlp_loss(params, batch))
+    assert_close(PLACES["jit explicit"](with_arguments, PARAMS), expected)
 
 
 @pytest.mark.parametrize("batch", [(), (3.0,)], ids=["none", "scalar"])

@@ -18,31 +18,42 @@ from tests.helpers.measuring import (
     mean_of_what_happens,
     what_happens,
 )
-from tests.helpers.places import DEVICES, MAPS, PLACES, every_map, own
+from tests.helpers.places import DEVICES, MAPS, PLACES, every_kind_of_map, own
 from tests.helpers.problems import (
     assert_close,
     mlp_loss,
 )
 
 
-@pytest.mark.parametrize("ascent_per", ["micro_batch", "device", "batch"])
-@every_map
-def test_estimator_on_devices_records_what_happens_on_one(run, ascent_per):
-    link, options = LINKS["stable_sam"], {"num_micro_batches": 2, "ascent_per": ascent_per, "axis_name": "data"}
-    estimator = optax_sam.gradient_estimator(mlp_loss, measured(link), **options)
-    _, _, state = run(estimator.value_and_grad, PARAMS, estimator.init(PARAMS))
-    ascents = {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}[ascent_per]
-    assert_measured(measurements(state), mean_of_what_happens(link, ascents))
+@every_kind_of_map
+def test_estimator_on_devices_records_what_happens_on_one(run):
+    link, ascents = LINKS["stable_sam"], {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}
+
+    def state_after(ascent_per, params, batch):
+        options = {"num_micro_batches": 2, "ascent_per": ascent_per, "axis_name": "data"}
+        estimator = optax_sam.gradient_estimator(mlp_loss, measured(link), **options)
+        return estimator.value_and_grad(params, estimator.init(params), batch)[2]
+
+    states = run(lambda *args: {ascent_per: state_after(ascent_per, *args) for ascent_per in ascents}, PARAMS)
+    for ascent_per, number in ascents.items():
+        assert_measured(measurements(states[ascent_per]), mean_of_what_happens(link, number))
 
 
-@pytest.mark.parametrize("place", ["jit", "jit explicit"])
-def test_estimator_on_a_mesh_records_what_happens_on_one_device(place):
+def assert_mesh_records_what_happens_on_one_device(place):
     estimator = optax_sam.gradient_estimator(mlp_loss, measured(LINKS["sam"]), num_micro_batches=2 * DEVICES)
     _, _, state = PLACES[place](estimator.value_and_grad, PARAMS, estimator.init(PARAMS))
     assert_measured(measurements(state), mean_of_what_happens(LINKS["sam"], 2 * DEVICES))
 
 
-@every_map
+def test_estimator_under_jit_records_what_happens_on_one_device():
+    assert_mesh_records_what_happens_on_one_device("jit")
+
+
+def test_estimator_on_an_explicit_mesh_records_what_happens_on_one_device():
+    assert_mesh_records_what_happens_on_one_device("jit explicit")
+
+
+@every_kind_of_map
 def test_msam_in_a_chain_on_devices_records_what_happens_on_one(run):
     plain, active = measured(optax.identity()), measured(LINKS["sam"])
     link = optax_sam.micro_batched(optax_sam.switch_at({0: plain, 1: active}), "data")
@@ -57,7 +68,7 @@ def test_msam_in_a_chain_on_devices_records_what_happens_on_one(run):
     assert_measured(measurements(state), mean_of_what_happens(LINKS["sam"], DEVICES))
 
 
-@every_map
+@every_kind_of_map
 def test_synchronized_sam_in_a_chain_on_devices_records_what_happens_on_one(run):
     link = measured(LINKS["sam"])
 
@@ -108,22 +119,22 @@ def sharded_loss(params, x, total=lambda x: x):
     return jnp.mean((total(jnp.sum(jnp.tanh((x + params["bias"][None]) @ params["first"]), 1)) - 1) ** 2)
 
 
-@pytest.mark.parametrize("switched", [False, True])
-@pytest.mark.parametrize("name", ["plain", "sam", "stable_sam"])
-def test_sharded_params_record_what_happens_on_one_device(name, switched):
-    link = measured(LINKS[name])
-    link = optax_sam.switch_at({0: measured(optax.identity()), 1: link}) if switched else link
+def test_sharded_params_record_what_happens_on_one_device():
     partial_loss = functools.partial(sharded_loss, total=lambda x: jax.lax.psum(x, "model"))
-    estimator = optax_sam.gradient_estimator(partial_loss, optax_sam.sharded(link, "model"))
+    switched = optax_sam.switch_at({0: measured(optax.identity()), 1: measured(LINKS["stable_sam"])})
+    links = {"plain": measured(optax.identity()), "sam": measured(LINKS["sam"]), "stable_sam": switched}
 
-    def two_updates(params, x):
+    def two_updates(link, params, x):
+        estimator = optax_sam.gradient_estimator(partial_loss, optax_sam.sharded(link, "model"))
         body = lambda state, _: (estimator.value_and_grad(params, state, x)[2], None)  # noqa: E731
         return jax.lax.scan(body, estimator.init(params), length=2)[0]
 
     mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(two_updates, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
-    actual = measurements(jax.jit(mapped)(SHARDED_PARAMS, INPUTS))
-    assert_measured(actual, what_happens(LINKS[name], SHARDED_PARAMS, INPUTS, sharded_loss))
+    update_all = lambda *args: {name: two_updates(link, *args) for name, link in links.items()}  # noqa: E731
+    mapped = jax.shard_map(update_all, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
+    states = jax.jit(mapped)(SHARDED_PARAMS, INPUTS)
+    for name, state in states.items():
+        assert_measured(measurements(state), what_happens(LINKS[name], SHARDED_PARAMS, INPUTS, sharded_loss))
 
 
 def test_norms_with_a_mask_where_nothing_is_known():
@@ -137,9 +148,9 @@ def test_norms_with_a_mask_where_nothing_is_known():
 
     mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
     mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC,), out_specs=PartitionSpec(), check_vma=False)
-    expected = what_happens(LINKS["sam"], SHARDED_PARAMS, None, loss_fn)
+    actual, expected = jax.jit(mapped)(SHARDED_PARAMS), what_happens(LINKS["sam"], SHARDED_PARAMS, None, loss_fn)
     for name in ("clean_norm", "perturbation_norm", "sam_norm", "cosine"):
-        assert_close(getattr(jax.jit(mapped)(SHARDED_PARAMS), name), jnp.float32(getattr(expected, name)))
+        assert_close(getattr(actual, name), jnp.float32(getattr(expected, name)))
 
 
 def test_shards_that_nobody_declared_are_refused():
@@ -151,6 +162,3 @@ def test_shards_that_nobody_declared_are_refused():
     mapped = jax.shard_map(update, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
     with pytest.raises(ValueError, match=r"params vary over the mapped axis 'model'.*`sharded\(link, 'model'\)`"):
         jax.jit(mapped)(SHARDED_PARAMS, INPUTS)
-
-
-# Switches.

@@ -10,13 +10,25 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
-from tests.helpers.places import DEVICES, MAPS, every_map
-from tests.helpers.problems import assert_close, assert_identical, mlp_batch, mlp_loss, mlp_params
-from tests.helpers.registry import every_member
+from tests.helpers import references
+from tests.helpers.places import (
+    BATCH,
+    DEVICES,
+    MAPS,
+    PARAMS,
+    PLACES,
+    RHO,
+    every_kind_of_map,
+    of_each_part,
+    on_one_device,
+    plain,
+    three_calls,
+)
+from tests.helpers.problems import assert_close, assert_identical, mlp_loss
 
-RHO, SIZE = 0.2, 32
-PARAMS, BATCH = mlp_params(), mlp_batch(size=SIZE)
-every_strategy = pytest.mark.parametrize("strategy", ["auto", "vmap", "scan", "unroll"])
+SIZE = 32
+STRATEGIES = ("auto", "vmap", "scan", "unroll")
+LATE = optax_sam.late(optax_sam.stable_sam(RHO), 0)
 
 
 def residuals(params, batch):
@@ -47,82 +59,69 @@ RAGGED = padded([position < count for count in COUNTS for position in range(4)])
 def test_the_mean_of_means_is_not_the_mean():
     estimate = functools.partial(optax_sam.value_and_grad, padded_loss, optax.identity(), num_micro_batches=2)
     batch = padded([1] * 16 + [0] * 15 + [1])
-    plain, exact = estimate()(PARAMS, batch), estimate(weight_fn=num_valid)(PARAMS, batch)
-    whole = jax.value_and_grad(padded_loss)(PARAMS, batch)
+    means, exact = (jax.jit(f)(PARAMS, batch) for f in (estimate(), estimate(weight_fn=num_valid)))
+    whole = on_one_device(plain, 1, padded_loss, batch=batch)
     assert_close(exact, whole)
-    assert abs(plain[0] / whole[0] - 1) > 0.05
+    assert abs(means[0] / whole[0] - 1) > 0.05
 
 
-@every_strategy
-@pytest.mark.parametrize("link", [optax.identity(), optax_sam.sam(RHO), optax_sam.usam(RHO), optax_sam.stable_sam(RHO)])
-def test_accumulation_of_padded_batches_is_exact(strategy, link):
-    options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": num_valid}
-    function = optax_sam.value_and_grad(padded_loss, link, ascent_per="batch", **options)
-    whole = optax_sam.value_and_grad(padded_loss, link)(PARAMS, RAGGED)
-    assert_close(jax.jit(function)(PARAMS, RAGGED), whole)
-    assert_close(function(PARAMS, RAGGED), whole)
+def test_accumulation_of_padded_batches_is_exact():
+    def estimate(strategy):
+        options = {"num_micro_batches": 8, "ascent_per": "batch", "strategy": strategy, "weight_fn": num_valid}
+        return optax_sam.value_and_grad(padded_loss, optax_sam.usam(RHO), **options)
+
+    actual = jax.jit(lambda *args: {strategy: estimate(strategy)(*args) for strategy in STRATEGIES})(PARAMS, RAGGED)
+    whole = on_one_device(references.usam, 1, padded_loss, batch=RAGGED)
+    assert_close(actual, dict.fromkeys(STRATEGIES, whole))
+    assert_close(estimate("auto")(PARAMS, RAGGED), whole)
 
 
-@every_member
-@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
-def test_msam_is_the_weighted_mean_of_the_micro_batches(member, strategy):
-    if member.stacked:
-        pytest.skip("the estimator averages")
-    link = member.make(RHO)
-    options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": num_valid}
-    weighted = optax_sam.gradient_estimator(padded_loss, link, **options)
-    single = optax_sam.gradient_estimator(padded_loss, link)
-    state = states = link.init(PARAMS)
-    for _ in range(3):
-        loss, grads, state = jax.jit(weighted.value_and_grad)(PARAMS, state, RAGGED)
-        parts = [jax.tree.map(lambda x, j=j: x[4 * j : 4 * j + 4], RAGGED) for j in range(8)]
-        results = [jax.jit(single.value_and_grad)(PARAMS, states, p) for p, n in zip(parts, COUNTS, strict=True) if n]
-        weights = np.array([n for n in COUNTS if n]) / sum(COUNTS)
+def test_msam_is_the_weighted_mean_of_the_micro_batches():
+    ascent = optax.chain(optax.ema(0.9), optax_sam.normalized_ascent(RHO))
+    links = {"late": optax_sam.late(optax_sam.stable_sam(RHO), 2), "ema": optax_sam.sharpness_aware(ascent)}
 
-        def mean(*xs, weights=weights):
-            if not jnp.issubdtype(xs[0].dtype, jnp.inexact):
-                return xs[0]
-            return jnp.asarray(
-                sum(w * np.asarray(x, np.float64) for w, x in zip(weights, xs, strict=True)), xs[0].dtype
-            )
+    def estimate(strategy, link):
+        options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": num_valid}
+        return optax_sam.gradient_estimator(padded_loss, link, **options).value_and_grad
 
-        expected_loss, expected, states = jax.tree.map(mean, *results)
-        assert_close((loss, grads, state), (expected_loss, expected, states))
+    expected = jax.jit(three_calls(links, lambda link: of_each_part(link, padded_loss, 8, COUNTS)))(PARAMS, RAGGED)
+    for strategy in ("vmap", "scan", "unroll"):
+        actual = jax.jit(three_calls(links, functools.partial(estimate, strategy)))(PARAMS, RAGGED)
+        assert_close(actual, expected)
 
 
-@every_map
-@pytest.mark.parametrize("ascent_per", ["micro_batch", "device", "batch"])
-@pytest.mark.parametrize(
-    "link", [optax_sam.usam(RHO), optax_sam.late(optax_sam.stable_sam(RHO), 0)], ids=["usam", "late"]
-)
-def test_weights_count_over_devices(run, ascent_per, link):
+@every_kind_of_map
+def test_weights_count_over_devices(run):
     """8 devices of 2 micro-batches of 2 examples; some devices hold padding alone."""
-    batch = padded(np.random.default_rng(0).random(SIZE) < np.repeat([1, 0.5, 0, 0.2, 1, 0, 0.7, 1], 4))
+    valid = np.random.default_rng(0).random(SIZE) < np.repeat([1, 0.5, 0, 0.2, 1, 0, 0.7, 1], 4)
+    links = {"usam": (optax_sam.usam(RHO), references.usam), "late": (LATE, references.stable_sam)}
+    ascents = {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}
+    cells = ("micro_batch", "late"), ("device", "usam"), ("device", "late"), ("batch", "usam")
 
-    def estimate(num_micro_batches, **options):
-        estimator = optax_sam.gradient_estimator(
-            padded_loss, link, num_micro_batches=num_micro_batches, weight_fn=num_valid, **options
-        )
-        return lambda params, batch: estimator.value_and_grad(params, link.init(params), batch)[:2]
+    def estimate(ascent_per, name, params, batch):
+        options = {"num_micro_batches": 2, "axis_name": "data", "weight_fn": num_valid}
+        estimator = optax_sam.gradient_estimator(padded_loss, links[name][0], ascent_per=ascent_per, **options)
+        return estimator.value_and_grad(params, estimator.init(params), batch)[:2]
 
-    actual = run(estimate(2, ascent_per=ascent_per, axis_name="data"), PARAMS, batch=batch)
-    shards = {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}[ascent_per]
-    assert_close(actual, estimate(shards)(PARAMS, batch))
+    def expected(ascent_per, name):
+        weights = np.sum(valid.reshape(ascents[ascent_per], -1), axis=1)
+        return on_one_device(links[name][1], len(weights), padded_loss, batch=padded(valid), weights=weights)
+
+    actual = run(lambda *args: {cell: estimate(*cell, *args) for cell in cells}, PARAMS, batch=padded(valid))
+    assert_close(actual, {cell: expected(*cell) for cell in cells})
 
 
 def test_weights_on_an_explicit_mesh():
     function = optax_sam.value_and_grad(padded_loss, optax_sam.sam(RHO), num_micro_batches=8, weight_fn=num_valid)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    batch = jax.device_put(RAGGED, NamedSharding(mesh, PartitionSpec("data")))
-    assert_close(jax.device_get(jax.jit(function)(PARAMS, batch)), jax.device_get(function(PARAMS, RAGGED)))
+    expected = on_one_device(references.sam, 8, padded_loss, batch=RAGGED, weights=COUNTS)
+    assert_close(PLACES["jit explicit"](function, PARAMS, batch=RAGGED), expected)
 
 
-@every_strategy
-@pytest.mark.parametrize("num_micro_batches", [1, 4])
-def test_padding_alone_is_no_step(strategy, num_micro_batches):
+@pytest.mark.parametrize(("num_micro_batches", "strategy"), [(1, "auto"), (4, "vmap"), (4, "scan"), (4, "unroll")])
+def test_padding_alone_is_no_step(num_micro_batches, strategy):
     options = {"num_micro_batches": num_micro_batches, "strategy": strategy, "weight_fn": num_valid}
     function = optax_sam.value_and_grad(padded_loss, optax_sam.sam(RHO), **options)
-    loss, grads = function(PARAMS, padded([0] * SIZE))
+    loss, grads = jax.jit(function)(PARAMS, padded([0] * SIZE))
     assert float(loss) == 0
     assert_identical(grads, jax.tree.map(jnp.zeros_like, PARAMS))
 
@@ -137,7 +136,7 @@ COMMUNICATING = {
 }
 
 
-@every_map
+@every_kind_of_map
 @pytest.mark.parametrize("kind", COMMUNICATING)
 def test_losses_that_communicate_have_no_weight_of_their_own(run, kind):
     function = optax_sam.value_and_grad(COMMUNICATING[kind], optax_sam.sam(RHO), axis_name="data", weight_fn=num_valid)
@@ -152,29 +151,36 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("link", STATES.values(), ids=STATES)
-@pytest.mark.parametrize(("num_micro_batches", "ascent_per"), [(1, "micro_batch"), (4, "micro_batch"), (4, "device")])
-def test_padding_alone_leaves_the_floats_of_the_state_as_they_are(link, num_micro_batches, ascent_per):
-    options = {"num_micro_batches": num_micro_batches, "weight_fn": num_valid, "axis_name": "data"}
-    estimator = optax_sam.gradient_estimator(padded_loss, link, ascent_per=ascent_per, **options)
-    step = lambda params, state, batch: estimator.value_and_grad(params, state, batch)[2]  # noqa: E731
-    state = MAPS["shard_map"](step, PARAMS, link.init(PARAMS), batch=padded([1] * SIZE))
-    after = MAPS["shard_map"](step, PARAMS, state, batch=padded([0] * SIZE))
-    floats = [[x for x in jax.tree.leaves(s) if jnp.issubdtype(x.dtype, jnp.inexact)] for s in (state, after)]
-    assert any(np.any(x) for x in floats[0])
-    assert_identical(*floats)
-    alone = optax_sam.gradient_estimator(padded_loss, link, num_micro_batches=num_micro_batches, weight_fn=num_valid)
-    _, _, after = alone.value_and_grad(PARAMS, state, padded([0] * SIZE))
-    assert_identical([x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.inexact)], floats[0])
+@pytest.mark.parametrize(("num_micro_batches", "ascent_per"), [(1, "micro_batch"), (4, "device")])
+def test_padding_alone_leaves_the_floats_of_the_state_as_they_are(num_micro_batches, ascent_per):
+    def next_states(**options):
+        def update(params, states, batch):
+            options_of_all = {"num_micro_batches": num_micro_batches, "weight_fn": num_valid, **options}
+            estimate = functools.partial(optax_sam.gradient_estimator, padded_loss, **options_of_all)
+            return {k: estimate(link).value_and_grad(params, states[k], batch)[2] for k, link in STATES.items()}
+
+        return update
+
+    def floats(states):
+        return {k: [x for x in jax.tree.leaves(s) if jnp.issubdtype(x.dtype, jnp.inexact)] for k, s in states.items()}
+
+    on_devices = next_states(ascent_per=ascent_per, axis_name="data")
+    start = {name: link.init(PARAMS) for name, link in STATES.items()}
+    before = MAPS["shard_map"](on_devices, PARAMS, start, batch=padded([1] * SIZE))
+    assert all(any(map(np.any, values)) for values in floats(before).values())
+    after = MAPS["shard_map"](on_devices, PARAMS, before, batch=padded([0] * SIZE))
+    assert_identical(floats(after), floats(before))
+    assert_identical(floats(jax.jit(next_states())(PARAMS, before, padded([0] * SIZE))), floats(before))
 
 
-@every_strategy
-def test_equal_weights_of_any_type_are_no_weights(strategy):
-    def estimate(**options):
-        return optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=4, strategy=strategy, **options)
+def test_equal_weights_of_any_type_are_no_weights():
+    def estimate(weight):
+        options = {"num_micro_batches": 4, "weight_fn": lambda batch: weight}
+        return optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), **options)
 
-    for weight in (3, 2.5, np.int32(7), jnp.int32(5), jnp.float16(1000), np.float64(1e-30)):
-        assert_close(estimate(weight_fn=lambda batch, weight=weight: weight)(PARAMS, BATCH), estimate()(PARAMS, BATCH))
+    weights = 3, 2.5, np.int32(7), jnp.int32(5), jnp.float16(1000), np.float64(1e-30)
+    actual = jax.jit(lambda *args: [estimate(weight)(*args) for weight in weights])(PARAMS, BATCH)
+    assert_close(actual, [on_one_device(references.sam, 4)] * len(weights))
 
 
 def test_weights_see_the_arguments_of_the_loss_and_aux_is_weighted():
@@ -193,7 +199,7 @@ def test_weights_see_the_arguments_of_the_loss_and_aux_is_weighted():
     assert (float(aux["mean"]), int(aux["first"]), aux["mean"].dtype) == (4.0, 1, jnp.bfloat16)
 
 
-@every_strategy
+@pytest.mark.parametrize("strategy", ["vmap", "scan", "unroll"])
 def test_weighted_means_of_narrow_gradients_are_taken_in_float32(strategy):
     loss_fn = lambda w, x: (jnp.sum(w * jnp.mean(x).astype(w.dtype)), 1.0)  # noqa: E731
     batch = jnp.concatenate([jnp.full(1, 256.0), jnp.ones(63)])
@@ -213,15 +219,11 @@ def two_arguments(params, x, y):
     return mlp_loss(params, {"x": x, "y": y})
 
 
-@every_strategy
 @pytest.mark.parametrize("weight_fn", [None, lambda x, y: len(y)])
-def test_labels_beside_the_batch_are_split_too(strategy, weight_fn):
-    options = {"num_micro_batches": 4, "strategy": strategy}
-    beside = optax_sam.value_and_grad(
-        two_arguments, optax_sam.sam(RHO), batch_argnums=(1, 2), weight_fn=weight_fn, **options
-    )
-    inside = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), **options)
-    assert_close(beside(PARAMS, BATCH["x"], BATCH["y"]), inside(PARAMS, BATCH))
+def test_labels_beside_the_batch_are_split_too(weight_fn):
+    options = {"num_micro_batches": 4, "batch_argnums": (1, 2), "weight_fn": weight_fn}
+    beside = optax_sam.value_and_grad(two_arguments, optax_sam.sam(RHO), **options)
+    assert_close(jax.jit(beside)(PARAMS, BATCH["x"], BATCH["y"]), on_one_device(references.sam, 4))
 
 
 def test_any_arguments_carry_the_batch():
@@ -244,9 +246,8 @@ def test_labels_beside_the_batch_on_devices(place):
     function = optax_sam.value_and_grad(
         two_arguments, optax_sam.sam(RHO), num_micro_batches=2, axis_name="data", batch_argnums=(1, 2)
     )
-    inside = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=2 * DEVICES)
-    actual = MAPS[place](lambda params, b: function(params, b["x"], b["y"]), PARAMS, batch=BATCH)
-    assert_close(actual, inside(PARAMS, BATCH))
+    actual = MAPS[place](lambda params, b: function(params, b["x"], b["y"]), PARAMS)
+    assert_close(actual, on_one_device(references.sam, 2 * DEVICES))
 
 
 def test_labels_beside_the_batch_on_an_explicit_mesh():
@@ -255,7 +256,7 @@ def test_labels_beside_the_batch_on_an_explicit_mesh():
     x, y = jax.device_put((BATCH["x"], BATCH["y"]), NamedSharding(mesh, PartitionSpec("data")))
     program = jax.jit(function).lower(PARAMS, x, y).compile()
     assert "all-gather" not in program.as_text()
-    assert_close(jax.device_get(program(PARAMS, x, y)), jax.device_get(function(PARAMS, BATCH["x"], BATCH["y"])))
+    assert_close(jax.device_get(program(PARAMS, x, y)), on_one_device(references.sam, 8))
 
 
 @pytest.mark.parametrize("labels", [BATCH["y"], np.asarray(BATCH["y"]), {"labels": [BATCH["y"]]}])
@@ -273,30 +274,45 @@ def test_labels_that_would_not_be_split_are_refused(labels):
     optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO))(PARAMS, BATCH["x"], labels)  # whole batches need no splitting
 
 
+@jax.tree_util.register_pytree_node_class
+class Images:
+    """A batch that checks its rank."""
+
+    def __init__(self, pixels):
+        if jnp.ndim(pixels) != 2:
+            raise ValueError(f"pixels must have two axes, got {jnp.ndim(pixels)}")
+        self.pixels = pixels
+
+    def tree_flatten(self):
+        return (self.pixels,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def loss_of_images(w, batch):
+    return jnp.mean((batch.pixels @ w - 1) ** 2)
+
+
+PIXELS, W = jax.random.normal(jax.random.key(0), (8, 3)), jnp.ones(3)
+
+
+def gradient_of_pixels():
+    return on_one_device(references.sam, 8, lambda w, x: jnp.mean((x @ w - 1) ** 2), W, PIXELS)
+
+
 def test_batches_that_check_their_ranks_are_split():
-    @jax.tree_util.register_pytree_node_class
-    class Images:
-        def __init__(self, pixels):
-            if jnp.ndim(pixels) != 2:
-                raise ValueError(f"pixels must have two axes, got {jnp.ndim(pixels)}")
-            self.pixels = pixels
+    def estimates(w, batch):
+        for strategy in STRATEGIES:
+            for weight_fn in (None, lambda batch: 1.0):
+                options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": weight_fn}
+                yield optax_sam.value_and_grad(loss_of_images, optax_sam.sam(RHO), **options)(w, batch)
 
-        def tree_flatten(self):
-            return (self.pixels,), None
+    actual = jax.jit(lambda *args: list(estimates(*args)))(W, Images(PIXELS))
+    assert_close(actual, [gradient_of_pixels()] * len(actual))
 
-        @classmethod
-        def tree_unflatten(cls, _, children):
-            return cls(*children)
 
-    loss_fn = lambda w, batch: jnp.mean((batch.pixels @ w - 1) ** 2)  # noqa: E731
-    images, w = jax.random.normal(jax.random.key(0), (8, 3)), jnp.ones(3)
-    arrays = lambda w, x: jnp.mean((x @ w - 1) ** 2)  # noqa: E731
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    for strategy in ("auto", "vmap", "scan", "unroll"):
-        for weight_fn in (None, lambda batch: 1.0):
-            options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": weight_fn}
-            actual = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), **options)
-            expected = optax_sam.value_and_grad(arrays, optax_sam.sam(RHO), **options)(w, images)
-            assert_close(jax.jit(actual)(w, Images(images)), expected)
-    placed = Images(jax.device_put(images, NamedSharding(mesh, PartitionSpec("data"))))
-    assert_close(jax.device_get(jax.jit(actual)(w, placed)), jax.device_get(expected))
+def test_batches_that_check_their_ranks_are_split_on_an_explicit_mesh():
+    function = optax_sam.value_and_grad(loss_of_images, optax_sam.sam(RHO), num_micro_batches=8)
+    assert_close(PLACES["jit explicit"](function, W, batch=Images(PIXELS)), gradient_of_pixels())
