@@ -4,12 +4,14 @@
 that direction. So what is differentiated here is conjugated here; what the caller's own functions return is left alone.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_sam._axes import check_same_members
 from optax_sam._checks import check_loss
@@ -24,6 +26,29 @@ def loss_and_gradient(loss_fn: Callable[..., Any], point: Any, *args: Any, has_a
     """``jax.value_and_grad``, with the gradient that Optax wants."""
     value, gradient = jax.value_and_grad(loss_fn, has_aux=has_aux)(point, *args)
     return value, conjugated(gradient)
+
+
+@contextlib.contextmanager
+def explained(params: Any) -> Iterator[None]:
+    """Adds to the error of a loss what is behind it, where that is not in sight."""
+    try:
+        yield
+    except Exception as error:
+        _note_cause(error, params)
+        raise
+
+
+def _note_cause(error: Exception, params: Any) -> None:
+    if type(error).__name__ == "TraceContextError":
+        error.add_note(
+            "loss_fn changes a Flax NNX object from outside, such as nnx.Rngs or a model with dropout. Split it there, "
+            "and in loss_fn use `nnx.merge(graphdef, params, rest, copy=True)`."
+        )
+    if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
+        error.add_note(
+            "The params are one flat array. If optax.flatten made it, put the link in front: "
+            "`optax.chain(sam(rho), optax.flatten(...))`."
+        )
 
 
 def evaluation(
@@ -50,7 +75,8 @@ def evaluation(
         )
 
     def evaluate(*args):
-        loss, gradient = function(*args)
+        with explained(params):
+            loss, gradient = function(*args)
         if loss is not None:
             check_loss("what value_fn or value_and_grad_fn returns", loss)
             check_same_members("what value_fn or value_and_grad_fn returns", loss, gradient, params)

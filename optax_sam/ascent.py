@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._axes import Declared
-from optax_sam._checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real, check_state
+from optax_sam._checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real
 from optax_sam._norms import at_length, norm, scaled, widen
 
 
@@ -161,7 +161,6 @@ def _ascent(
         del extra_args
         if schedule is None:
             return perturbation(rho, updates, params, shards), state
-        check_state(state, AscentState)
         radius = schedule(state.ascent_step)
         check_real("rho(step)", radius)
         next_step = jnp.asarray(optax.safe_increment(state.ascent_step))

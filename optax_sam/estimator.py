@@ -35,7 +35,7 @@ from optax_sam._checks import (
     check_real,
     is_float,
 )
-from optax_sam._evaluation import conjugated, loss_and_gradient
+from optax_sam._evaluation import conjugated, explained, loss_and_gradient
 from optax_sam._means import Strategy, leading_size, mean_over_axes, mean_over_micro_batches, weights_of_micro_batches
 from optax_sam._mesh import mesh_of_examples, on_each_device
 
@@ -340,7 +340,8 @@ def _evaluated_on(loss_fn: Callable[[Any], Any], evaluate: Callable[[Callable[[A
 
 def _loss_and_aux(estimate: _Estimate, params: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """What loss_fn returns, refused unless that is the loss, or the loss and aux."""
-    value = estimate.loss_fn(params, *args, **kwargs)
+    with explained(params):
+        value = estimate.loss_fn(params, *args, **kwargs)
     if not estimate.has_aux:
         check_loss("what loss_fn returns", value)
         return value, None

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from optax_sam._axes import AxisNames
-from optax_sam._checks import as_link, check_int, check_mask, spread_mask
+from optax_sam._checks import as_link, spread_mask
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
 from optax_sam.link import sharpness_aware
@@ -234,7 +234,6 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
-    check_int("start", start, least=0)
     return switch_at({0: optax.identity(), start: as_link("inner", inner)})
 
 
@@ -246,7 +245,6 @@ def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.Gr
             f"mask must be a tree of booleans or a function to one; got {mask!r}, as optax.inject_hyperparams makes of "
             "a function. Pass static_args='mask' there."
         )
-    check_mask(mask)
 
     def keep(updates, params):
         return jax.tree.map(lambda chosen, g: _kept(chosen, jnp.asarray(g)), spread_mask(mask, params), updates)

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from optax_sam._axes import AxisNames, Shards, as_axes
-from optax_sam._checks import as_link, check_mask
+from optax_sam._checks import as_link
 
 
 def sharded(
@@ -55,7 +55,6 @@ def sharded(
         [3.3 4.4]
     """
     inner = as_link("inner", inner)
-    check_mask(mask)
     shards = Shards(as_axes(axis_name), mask)
 
     def update(updates, state, params=None, **extra_args):

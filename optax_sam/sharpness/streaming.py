@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_sam._checks import check_loss, check_params, is_real
+from optax_sam._checks import check_params, is_real
 from optax_sam._means import leading_size
 from optax_sam._norms import widen
 
@@ -127,7 +127,6 @@ def loss_of_sum(loss_fn: LossFn) -> Callable[..., jax.Array]:
 
 def checked_loss(loss: Any) -> jax.Array:
     """The loss, refused where it is no scalar, or so narrow that differences would be rounding."""
-    check_loss("what loss_fn returns", loss)
     dtype = jnp.result_type(loss)
     if jnp.finfo(dtype).bits < 32:
         raise TypeError(f"loss_fn must return float32 or wider; got {dtype}. Cast the logits before the loss.")
