@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from optax_sam._axes import AxisNames
-from optax_sam._checks import as_link, spread_mask
+from optax_sam._checks import as_link, check_int, spread_mask
 from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
 from optax_sam.link import sharpness_aware
@@ -234,6 +234,7 @@ def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTrans
         Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
         <https://arxiv.org/abs/2410.10373>`_, 2025
     """
+    check_int("start", start, least=0)  # before it is a key: what optax.inject_hyperparams makes of it has no hash
     return switch_at({0: optax.identity(), start: as_link("inner", inner)})
 
 

@@ -67,12 +67,12 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
     """
     starts = list(phases)
     for start in starts:
-        check_int("The first step of a phase", start, least=0)
+        check_int("The start of a phase", start, least=0)
     if not starts or starts[0] != 0 or starts != sorted(starts) or starts[-1] > np.iinfo(np.int32).max:
         raise ValueError(
             f"phases must begin at 0, `{{0: optax.identity(), ...}}`, and increase in int32; got {starts}."
         )
-    boundaries = np.asarray(starts[1:], np.int32)
+    boundaries = np.asarray(starts[1:], np.int32)  # NumPy's, so that they are constants of the program
     return Switch.between(
         lambda step: jnp.sum(step >= boundaries, dtype=jnp.int32),
         {f"the phase from step {start}": as_link(f"phases[{start}]", link) for start, link in phases.items()},
@@ -130,6 +130,8 @@ class Switch(optax.GradientTransformationExtraArgs):
             start, first = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
             return SwitchState(start, first, link_states=tuple(link.init(params) for link in links.values()))
 
+        tried = set()
+
         def update(updates, state, params=None, **extra_args):
             check_state(state, SwitchState)
             if len(state.link_states) != len(links):
@@ -140,7 +142,10 @@ class Switch(optax.GradientTransformationExtraArgs):
             branches = _branches(links, updates, state, params, extra_args)
             if isinstance(phase, Tracer):
                 outputs, states = jax.lax.switch(index, list(map(canonicalized, branches)))
-            else:  # without jit, lax.switch would be compiled in every call
+            else:  # without jit, lax.switch would be compiled in every call; that it could be is tried once
+                if (kind := _kind((updates, state, params))) not in tried:
+                    jax.eval_shape(lambda index: jax.lax.switch(index, branches), index)
+                    tried.add(kind)
                 outputs, states = branches[int(phase)]()
             next_step = jnp.asarray(optax.safe_increment(state.switch_step))
             return outputs, SwitchState(switch_step=next_step, phase=phase, link_states=states)
@@ -152,6 +157,12 @@ class Switch(optax.GradientTransformationExtraArgs):
     def each(self, wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> "Switch":
         """The same switch between wrapped links."""
         return self.between(self.index_fn, {name: as_link(name, wrap(link)) for name, link in self.links.items()})
+
+
+def _kind(tree: Any) -> Any:
+    """What decides about the types of an update, hashable."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *map(jax.typeof, leaves)
 
 
 def _branches(

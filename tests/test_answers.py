@@ -28,13 +28,13 @@ def update(tx, **keywords):
 @pytest.mark.parametrize("link", [optax_sam.msam(0.1), optax_sam.micro_batched(optax_sam.late(SAM, 3))])
 def test_micro_batches_inside_of_the_estimator(link, num_micro_batches):
     function = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=num_micro_batches)
-    with pytest.raises(ValueError, match=r"The estimator splits the batch itself: give it what is inside .*sam\(rho\)"):
+    with pytest.raises(ValueError, match=r"the estimator splits the batch itself, and wants sam\(rho\)"):
         function.value_and_grad(PARAMS, function.init(PARAMS), BATCH)
 
 
 def test_train_states_of_linen_are_told_of_the_estimator():
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.chain(SAM, optax.sgd(0.1)))
-    with pytest.raises(ValueError, match=r"TrainState.apply_gradients forwards no keywords, use `gradient_estimator"):
+    with pytest.raises(ValueError, match=r"TrainState.apply_gradients, use `gradient_estimator"):
         state.apply_gradients(grads=GRADS, grad_fn=GRAD_FN, batch=BATCH)
     _, grads = optax_sam.value_and_grad(mlp_loss, SAM)(PARAMS, BATCH)  # and that works
     trained = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1)).apply_gradients(grads=grads)
@@ -52,7 +52,9 @@ def test_masks_under_inject_hyperparams(recipe, jit):
     assert not np.allclose(expected["output"], update(recipe(0.1))["output"], rtol=1e-3)
     injected = optax.inject_hyperparams(recipe)
     for mask in (matrices, lambda params: jax.tree.map(lambda w: True, params)):
-        with pytest.raises(TypeError, match=r"for all params. If it was a function, .*pass static_args='mask' there"):
+        with pytest.raises(
+            TypeError, match=r"as optax.inject_hyperparams makes of a function. Pass static_args='mask' there"
+        ):
             jit(lambda mask=mask: update(injected(rho=0.1, mask=mask)))()
     static = optax.inject_hyperparams(recipe, static_args="mask")
     assert_close(jit(lambda: update(static(rho=0.1, mask=matrices)))(), expected)
@@ -64,9 +66,9 @@ def test_masks_under_inject_hyperparams(recipe, jit):
 
 
 def test_other_functions_under_inject_hyperparams():
-    with pytest.raises(TypeError, match=r"Where optax.inject_hyperparams made an array of it, name it in static_args"):
+    with pytest.raises(TypeError, match=r"Under optax.inject_hyperparams name it in static_args"):
         optax.inject_hyperparams(optax_sam.late)(inner=SAM, start=3).init(PARAMS)
-    with pytest.raises(TypeError, match=r"Where optax.inject_hyperparams made an array of it, name it in static_args"):
+    with pytest.raises(TypeError, match=r"Under optax.inject_hyperparams name it in static_args"):
         optax.inject_hyperparams(optax_sam.switch_by)(index_fn=lambda step: step % 2, links=[SAM, SAM]).init(PARAMS)
     tx = optax.inject_hyperparams(optax_sam.late, static_args="start")(inner=SAM, start=0)
     assert_close(update(tx), update(SAM))
@@ -107,7 +109,7 @@ def test_states_of_nnx_come_out_as_aux(strategy):
 def test_static_aux_is_named(strategy):
     loss_fn = lambda w, batch: (mlp_loss(w, batch), {"name": "text", "mean": jnp.mean(batch["x"])})  # noqa: E731
     function = optax_sam.value_and_grad(loss_fn, SAM, has_aux=True, num_micro_batches=4, strategy=strategy)
-    with pytest.raises(TypeError, match=r"aux must hold arrays and numbers, to be averaged; got 'text' at \['name'\]"):
+    with pytest.raises(TypeError, match="'text'"):
         function(PARAMS, BATCH)
     whole = optax_sam.value_and_grad(loss_fn, SAM, has_aux=True)
     assert whole(PARAMS, BATCH)[0][1]["name"] == "text"  # as jax.value_and_grad without jit
@@ -124,7 +126,7 @@ def test_flattened_params_are_told_of_the_place_in_front():
 def test_lookahead_is_told_of_the_estimator():
     lookahead = optax.lookahead(optax.sgd(0.1), sync_period=5, slow_step_size=0.5)
     params, tx = optax.LookaheadParams.init_synced(PARAMS), optax.chain(SAM, lookahead)
-    with pytest.raises(ValueError, match=r"The params are optax.LookaheadParams, .*at params.fast, and give it to"):
+    with pytest.raises(ValueError, match=r"updates must have the tree structure of params, .*LookaheadParams"):
         tx.update(GRADS, tx.init(params), params, grad_fn=GRAD_FN, batch=BATCH)
     _, grads = optax_sam.value_and_grad(mlp_loss, SAM)(params.fast, BATCH)  # and that works
     updates, _ = lookahead.update(grads, lookahead.init(params), params)

@@ -65,7 +65,7 @@ def test_one_shared_state_with_averaged_floats_and_a_step_per_update():
     state = link.init(PARAMS)
     for step in range(1, 3):
         _, state = stacked_update(link, 4, state)
-        ema, schedule = state.ascent_state
+        ema, schedule = state.link_state.ascent_state
         assert jax.tree.structure(state) == jax.tree.structure(link.init(PARAMS))
         assert int(schedule.ascent_step) == int(ema.count) == step
         assert_close(ema.ema, jax.tree.map(lambda g, s=step: g * (1 - 0.5**s), GRAD_FN(PARAMS, BATCH)))

@@ -62,7 +62,7 @@ def test_state_is_that_of_the_inner_transformation():
 
 def test_averaging_inside_is_refused():
     link = optax_sam.renormalized(optax_sam.msam(0.1))
-    with pytest.raises(ValueError, match=r"inner averages over a leading axis.*`micro_batched\(renormalized"):
+    with pytest.raises(ValueError, match=r"this one averages.*`micro_batched\(renormalized"):
         link.update(jnp.ones((4, 2)), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=lambda p, b: p, batch=jnp.ones(4))
 
 

@@ -144,26 +144,28 @@ def test_resumed_run_equals_the_unbroken_run_bit_for_bit(tmp_path):
 def test_half_precision_outputs_that_differ_in_dtype_are_named():
     narrow = optax.stateless(lambda g, _: jax.tree.map(lambda x: x.astype(jnp.bfloat16), g))
     link = optax_sam.switch_at({0: optax.identity(), 5: narrow})
-    with pytest.raises(ValueError, match=r"the phase from step 0 and the phase from step 5.*'w'.*float32.*bfloat16"):
+    with pytest.raises(TypeError, match=r"(?s)the phase from step 0.*the phase from step 5.*'w'.*float32.*bfloat16"):
         link.update({"w": jnp.ones(2)}, link.init({"w": jnp.ones(2)}))
 
 
 def test_averaging_in_one_phase_only_is_named_with_its_cure():
     link = optax_sam.late(optax_sam.msam(0.1), 3)
     grads, params = jnp.ones((4, 2)), jnp.ones(2)
-    with pytest.raises(ValueError, match=r"the phase from step 3 averages over a leading.*`micro_batched\(switch_at"):
+    with pytest.raises(
+        ValueError, match=r"the phase from step 3 averages over micro-batches.*`micro_batched\(switch_at"
+    ):
         link.update(grads, link.init(params), params, grad_fn=lambda p, b: p, batch=jnp.ones(4))
 
 
 def test_outputs_of_other_structure_are_named():
     link = optax_sam.switch_by(lambda step: 0, [optax.identity(), optax.stateless(lambda g, _: [g])])
-    with pytest.raises(ValueError, match="link 0 and link 1 of a switch must return the same kind"):
+    with pytest.raises(TypeError, match=r"(?s)link 0.*link 1.*structure"):
         link.update(jnp.ones(2), link.init(jnp.ones(2)))
 
 
 def test_type_error_of_a_link_is_passed_on():
     link = optax_sam.late(optax_sam.sam(0.1), 1)
-    with pytest.raises(TypeError, match="grad_fn must be a function of the params; got 3"):
+    with pytest.raises(TypeError, match="'int' object is not callable"):
         link.update(jnp.ones(2), link.init(jnp.ones(2)), jnp.ones(2), grad_fn=3)
 
 
@@ -199,10 +201,10 @@ def test_without_jit_phases_that_differ_are_refused_before_they_begin():
     stacks, batch, params = jnp.ones((4, 2)), jnp.ones((4, 3)), jnp.ones(2)
     keywords = {"grad_fn": lambda w, x: w, "batch": batch}
     averages = optax_sam.late(optax_sam.msam(0.1), 5)
-    with pytest.raises(ValueError, match="the phase from step 5 averages over a leading axis of micro-batches and"):
+    with pytest.raises(ValueError, match="the phase from step 5 averages over micro-batches and"):
         averages.update(stacks, averages.init(params), params, **keywords)
     halves = optax_sam.late(optax.stateless(lambda g, _: g.astype(jnp.float16)), 5)
-    with pytest.raises(ValueError, match=r"must return the same kind of update and state.*float32\[2\] and float16"):
+    with pytest.raises(TypeError, match=r"float32\[2\] but .*float16"):
         halves.update(params, halves.init(params), params)
 
 

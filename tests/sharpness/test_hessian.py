@@ -372,8 +372,8 @@ def test_progress_is_shown(capsys):
     assert all(f"/{total} [" in shown for total in (15, 4, 6))
 
 
-def test_progress_without_tqdm_says_what_to_install(monkeypatch):
+def test_only_progress_needs_tqdm(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    with pytest.raises(ImportError, match=r'pip install "optax_sam\[sharpness\]"'):
+    with pytest.raises(ImportError, match="tqdm"):
         optax_sam.hessian_eigenvalues(mlp_loss, mlp_params(), BATCHES, progress=True)
     optax_sam.hessian_eigenvalues(mlp_loss, mlp_params(), BATCHES)
