@@ -27,6 +27,11 @@ def as_axes(axis_name: Any) -> Axes:
     return tuple(axes)
 
 
+def shown(axes: Axes) -> str:
+    """The axes as a user writes axis_name."""
+    return repr(axes[0] if len(axes) == 1 else axes)
+
+
 def is_mapped(axis: str) -> bool:
     """Whether the axis is that of a map around this call."""
     try:
@@ -91,7 +96,9 @@ class Shards(NamedTuple):
         if self.mask is not None:
             return [self.axes if chosen else () for chosen in jax.tree.leaves(spread_mask(self.mask, tree))]
         if not is_checked(self.axes):
-            raise ValueError(f"sharded(link, {self.axes}) needs a `mask`: only shard_map with check_vma tells shards.")
+            raise ValueError(
+                f"sharded(link, {shown(self.axes)}) needs a `mask`: only shard_map with check_vma tells shards."
+            )
         return [tuple(axis for axis in self.axes if axis in varying_axes(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
@@ -143,6 +150,6 @@ def check_same_members(name: str, value: Any, gradient: Any, params: Any) -> Non
         for axis in sorted((own_loss - own_gradient) | (own_gradient - own_loss - varying_axes(param))):
             one, other = ("loss", "gradient") if axis in own_loss else ("gradient", "loss")
             raise ValueError(
-                f"{name}: over the mapped axis {axis!r}, the {one} is a member's own and the {other} that of all. Use "
-                f"`gradient_estimator(loss_fn, link, axis_name={axis!r})`, or jax.lax.pmean in the loss."
+                f"{name}: over the mapped axis {axis!r}, the {one} is a member's own and the {other} that of all. "
+                f"Average both or neither, or use `gradient_estimator(loss_fn, link, axis_name={axis!r})`."
             )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from optax_sam._axes import Axes
+from optax_sam._axes import Axes, shown
 
 
 def axes_in(spec: Iterable[Any]) -> Axes:
@@ -52,8 +52,8 @@ def mesh_of_examples(batch: Any, axes: Axes) -> AbstractMesh:
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
     if not shardings or any(axes_in(sharding.spec[:1]) != axes for sharding in shardings):
         raise ValueError(
-            f"axis_name={axes} is no mapped axis here, and no axis of an Explicit mesh that shards the batch, whose "
-            f"specs are {sorted({str(s.spec) for s in shardings})}. Call this under jax.shard_map, or shard the batch."
+            f"axis_name={shown(axes)} is no mapped axis here, and no axis of the Explicit mesh of the batch, of "
+            f"specs {sorted({str(s.spec) for s in shardings})}. Call this under jax.shard_map, or shard the batch."
         )
     return shardings[0].mesh
 
@@ -77,8 +77,8 @@ def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: Axes)
             return mapped(params, state, batch, arrays)
         except Exception as error:
             error.add_note(
-                f"loss_fn runs in a jax.shard_map over {axes}: it must not name that in out_sharding, nor close over "
-                "arrays on the mesh, but take them as arguments."
+                f"loss_fn runs in a jax.shard_map over {shown(axes)}: it must not name that in out_sharding, nor close "
+                "over arrays on the mesh, but take them as arguments."
             )
             raise
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam._axes import Axes, AxisNames, as_axes, check_unvarying, is_checked, varying_axes
-from optax_sam._checks import as_link, check_alike
+from optax_sam._axes import Axes, AxisNames, as_axes, check_unvarying, is_checked, shown, varying_axes
+from optax_sam._checks import as_link, check_alike, check_state
 from optax_sam._means import leading_size, mean_of_stack, mean_over_axes
 from optax_sam._mesh import mesh_of
 
@@ -79,6 +79,7 @@ def micro_batched(
         return AveragedState(inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        check_state(state, AveragedState)
 
         def of_one(gradient, **own):
             return inner.update(gradient, state.link_state, params, **extra_args | own)
@@ -116,8 +117,8 @@ def _check_own(updates: Any, axes: Axes) -> None:
     """Raises if the gradient is known to be a sum or an average over the axes."""
     if is_checked(axes) and not all(varying_axes(g).issuperset(axes) for g in jax.tree.leaves(updates)):
         raise ValueError(
-            f"The gradient does not vary over {axes}: it is a sum or an average, and each member needs its own. Take "
-            f"it at `jax.lax.pcast(params, {axes}, to='varying')`, or use the estimator with axis_name={axes}."
+            f"The gradient does not vary over {shown(axes)}: it is a sum or an average, not a member's own. Take it at "
+            f"`jax.lax.pcast(params, {shown(axes)}, to='varying')`, or use the estimator, which does."
         )
 
 

@@ -24,6 +24,7 @@ from optax_sam._axes import (
     check_unvarying,
     communicates,
     is_mapped,
+    shown,
     vary,
 )
 from optax_sam._checks import (
@@ -359,7 +360,7 @@ def _weights_of(estimate: _Estimate, params: Any, arguments: _Arguments) -> jax.
     args, kwargs = arguments.with_batch(arguments.batch)
     if estimate.axes and communicates(lambda params: loss_fn(params, *args, **kwargs), estimate.axes, params):
         raise ValueError(  # a member's gradient would hold parts of losses that have other weights
-            f"With weight_fn, loss_fn must not communicate over {estimate.axes}. Leave the average to the estimator."
+            f"With weight_fn, loss_fn must not communicate over {shown(estimate.axes)}. Leave that to the estimator."
         )
 
     def weight(batch):

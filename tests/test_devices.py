@@ -73,17 +73,18 @@ def reference(setting):
 
 
 def assert_equals_one_device(place, form, settings, axis_name):
-    """``form(setting, axis_name)`` returns (params, state, batch) -> gradient, state."""
     optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
 
     def train(setting, params, batch):
+        init, gradient_at = form(setting, axis_name)
+
         def step(carry, _):
             params, state, optimizer_state = carry
-            gradients, state = form(setting, axis_name)(params, state, batch)
+            gradients, state = gradient_at(params, state, batch)
             updates, optimizer_state = optimizer.update(gradients, optimizer_state)
             return (optax.apply_updates(params, updates), state, optimizer_state), None
 
-        start = params, LINKS[setting.link].init(params), optimizer.init(params)
+        start = params, init(params), optimizer.init(params)
         return jax.lax.scan(step, start, length=STEPS)[0][0]
 
     train_all = lambda *args: {name: train(setting, *args) for name, setting in settings.items()}  # noqa: E731
@@ -91,6 +92,7 @@ def assert_equals_one_device(place, form, settings, axis_name):
 
 
 def estimator_form(setting, axis_name):
+    """The ``init`` of the link, and (params, state, batch) -> gradient, state."""
     factor = DEVICES if setting.ascent_per == "micro_batch" and axis_name is None else 1
     estimator = optax_sam.gradient_estimator(
         mlp_loss,
@@ -99,7 +101,7 @@ def estimator_form(setting, axis_name):
         ascent_per=setting.ascent_per,
         axis_name=axis_name,
     )
-    return lambda params, state, batch: estimator.value_and_grad(params, state, batch)[1:]
+    return estimator.init, lambda params, state, batch: estimator.value_and_grad(params, state, batch)[1:]
 
 
 def chain_form(setting, axis_name):
@@ -107,7 +109,7 @@ def chain_form(setting, axis_name):
     if setting.ascent_per == "batch":
         if axis_name is not None:
             grad_fn = lambda params, batch: jax.lax.pmean(GRAD_FN(own(params), batch), axis_name)  # noqa: E731
-        return lambda params, state, batch: link.update(
+        return link.init, lambda params, state, batch: link.update(
             grad_fn(params, batch), state, params, grad_fn=grad_fn, batch=batch
         )
     micro_batches = setting.ascents if axis_name is None else setting.num_micro_batches
@@ -119,7 +121,7 @@ def chain_form(setting, axis_name):
         grads = jax.vmap(GRAD_FN, in_axes=(None, 0))(own(params) if axis_name else params, stacked)
         return link.update(grads, state, params, grad_fn=GRAD_FN, batch=stacked)
 
-    return gradient
+    return link.init, gradient
 
 
 def stack(batch, num_micro_batches):
@@ -157,7 +159,13 @@ def test_chain_under_jit_equals_one_device():
 
 
 def test_estimator_on_an_explicit_mesh_equals_one_device():
-    assert_equals_one_device(PLACES["jit explicit"], estimator_form, SETTINGS, None)
+    assert_equals_one_device(PLACES["jit explicit"], estimator_form, SETTINGS | SETTINGS_OF_A_MAP, "data")
+
+
+def test_micro_batches_that_are_spread_over_an_explicit_mesh_equal_one_device():
+    assert_equals_one_device(
+        PLACES["jit explicit"], estimator_form, {"2 micro-batches": SETTINGS["batch, 2 micro-batches"]}, None
+    )
 
 
 def test_chain_on_an_explicit_mesh_equals_one_device():
@@ -165,7 +173,7 @@ def test_chain_on_an_explicit_mesh_equals_one_device():
 
 
 def test_one_ascent_per_device_needs_to_see_the_devices():
-    with pytest.raises(ValueError, match=r'ascent_per="device" needs axis_name.*num_micro_batches = the number of'):
+    with pytest.raises(ValueError, match=r'ascent_per="device" needs axis_name'):
         optax_sam.gradient_estimator(mlp_loss, optax_sam.sam(RHO), ascent_per="device")
 
 
@@ -209,7 +217,7 @@ def test_convolutions_in_loops_and_branches_on_devices_equal_one_device():
 
 
 def test_convolutions_in_loops_and_branches_on_an_explicit_mesh_equal_one_device():
-    assert_convolutions_in_loops_and_branches_equal_one_device("jit explicit", num_micro_batches=2 * DEVICES)
+    assert_convolutions_in_loops_and_branches_equal_one_device("jit explicit", num_micro_batches=2, axis_name="data")
 
 
 def test_several_axes_are_one():

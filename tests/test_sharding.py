@@ -392,5 +392,5 @@ def test_unchecked_maps_must_be_told_which_leaves_are_sharded():
     mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
     member = sharded_gradient(optax_sam.sharded(LINKS["sam"], "model"), "model")
     mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC, check_vma=False)
-    with pytest.raises(ValueError, match=r"only known under shard_map with check_vma=True. Pass `mask`"):
+    with pytest.raises(ValueError, match=r"sharded\(link, 'model'\) needs a `mask`"):
         jax.jit(mapped)(make_params(), BATCH)

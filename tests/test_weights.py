@@ -112,7 +112,7 @@ def test_weights_count_over_devices(run):
 
 
 def test_weights_on_an_explicit_mesh():
-    function = optax_sam.value_and_grad(padded_loss, optax_sam.sam(RHO), num_micro_batches=8, weight_fn=num_valid)
+    function = optax_sam.value_and_grad(padded_loss, optax_sam.sam(RHO), axis_name="data", weight_fn=num_valid)
     expected = on_one_device(references.sam, 8, padded_loss, batch=RAGGED, weights=COUNTS)
     assert_close(PLACES["jit explicit"](function, PARAMS, batch=RAGGED), expected)
 
@@ -251,7 +251,7 @@ def test_labels_beside_the_batch_on_devices(place):
 
 
 def test_labels_beside_the_batch_on_an_explicit_mesh():
-    function = optax_sam.value_and_grad(two_arguments, optax_sam.sam(RHO), num_micro_batches=8, batch_argnums=(1, 2))
+    function = optax_sam.value_and_grad(two_arguments, optax_sam.sam(RHO), axis_name="data", batch_argnums=(1, 2))
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
     x, y = jax.device_put((BATCH["x"], BATCH["y"]), NamedSharding(mesh, PartitionSpec("data")))
     program = jax.jit(function).lower(PARAMS, x, y).compile()
@@ -265,11 +265,11 @@ def test_labels_that_would_not_be_split_are_refused(labels):
     by_keyword = lambda params, x, *, labels: loss_fn(params, x, labels)  # noqa: E731
     function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), num_micro_batches=4)
     with pytest.raises(
-        ValueError, match=r"argument 2 of loss_fn has a leading axis of 32.*pass batch_argnums=\(1, 2\)"
+        ValueError, match=r"Argument 2 of loss_fn is as long as the batch, 32.*in batch_argnums, now \(1,"
     ):
         function(PARAMS, BATCH["x"], labels)
     keyword = optax_sam.value_and_grad(by_keyword, optax_sam.sam(RHO), num_micro_batches=4)
-    with pytest.raises(ValueError, match=r"keyword labels of loss_fn has a leading axis of 32.*close over it"):
+    with pytest.raises(ValueError, match=r"Argument labels of loss_fn is as long as the batch, 32.*close over"):
         keyword(PARAMS, BATCH["x"], labels=labels)
     optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO))(PARAMS, BATCH["x"], labels)  # whole batches need no splitting
 
@@ -314,5 +314,5 @@ def test_batches_that_check_their_ranks_are_split():
 
 
 def test_batches_that_check_their_ranks_are_split_on_an_explicit_mesh():
-    function = optax_sam.value_and_grad(loss_of_images, optax_sam.sam(RHO), num_micro_batches=8)
+    function = optax_sam.value_and_grad(loss_of_images, optax_sam.sam(RHO), axis_name="data")
     assert_close(PLACES["jit explicit"](function, W, batch=Images(PIXELS)), gradient_of_pixels())
