@@ -229,7 +229,8 @@ class _Estimate(NamedTuple):
 
     def _check_split(self, arguments: "_Arguments") -> None:
         """Raises if there is nothing to split, or if what is not split could hold examples: it would broadcast."""
-        size = leading_size(**{f"argument {number} of loss_fn": arg for number, arg in arguments.batch.items()})
+        only = len(self.batch_argnums) == 1
+        size = leading_size(**{"batch" if only else f"argument {n}": arg for n, arg in arguments.batch.items()})
         if size is None:
             raise ValueError(f"num_micro_batches > 1 needs a batch at {self.batch_argnums=}, by position; got none.")
         for name, tree in (arguments.others | arguments.keywords).items():
@@ -424,6 +425,7 @@ def value_and_grad(
     )
 
     def stateless(params, /, *args, **kwargs):
+        check_params("params", params)  # before eval_shape trips over what is none
         state = jax.eval_shape(estimator.init, params)
         if jax.tree.leaves(state):
             raise ValueError(f"value_and_grad keeps no state, and the link has {state}. Use `gradient_estimator`.")
