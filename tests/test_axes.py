@@ -1,5 +1,6 @@
 """Mapped axes: what is refused because it cannot be right, and whose state, aux and random numbers are returned."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,22 +14,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_sam
 from tests.helpers import references
 from tests.helpers.measuring import assert_measured, mean_of_what_happens
+from tests.helpers.one_device import of_each_part, on_one_device, plain, three_calls
 from tests.helpers.places import (
     BATCH,
     DEVICES,
     GRAD_FN,
-    KINDS,
     MAPS,
     PARAMS,
     PLACES,
     RHO,
-    every_kind_of_map,
-    of_each_part,
-    on_one_device,
+    every_map,
     own,
     own_gradient,
-    plain,
-    three_calls,
+    together,
 )
 from tests.helpers.problems import assert_close, assert_identical, mlp_batch, mlp_loss, split
 from tests.helpers.registry import MEMBERS
@@ -84,19 +82,15 @@ OWN_LOSSES = {
 }
 
 
-@every_kind_of_map
-def test_losses_that_average_themselves_are_right_in_the_estimator(run):
+@every_map
+@pytest.mark.parametrize(("ascent_per", "ascents"), [("micro_batch", 2 * DEVICES), ("batch", 1)])
+def test_losses_that_average_themselves_are_right_in_the_estimator(run, ascent_per, ascents):
     # USAM, whose ε is wrong too where the gradient is too small.
-    def estimate(kind, ascent_per):
-        options = {"num_micro_batches": 2, "axis_name": "data", "ascent_per": ascent_per}
-        return optax_sam.value_and_grad(LOSSES[kind], optax_sam.usam(RHO), **options)
-
-    ascents = {"micro_batch": 2 * DEVICES, "batch": 1}
-    cells = [(kind, ascent_per) for kind in LOSSES for ascent_per in ascents]
-    actual = run(lambda *args: {cell: estimate(*cell)(*args) for cell in cells}, PARAMS)
-    assert_close(
-        actual, {(kind, per): on_one_device(references.usam, ascents[per], OWN_LOSSES[kind]) for kind, per in cells}
-    )
+    options = {"num_micro_batches": 2, "ascent_per": ascent_per, "axis_name": "data"}
+    estimate = functools.partial(optax_sam.value_and_grad, link=optax_sam.usam(RHO), **options)
+    actual = run(together({kind: estimate(loss_fn) for kind, loss_fn in LOSSES.items()}), PARAMS)
+    expected = {kind: on_one_device(references.usam, ascents, loss_fn) for kind, loss_fn in OWN_LOSSES.items()}
+    assert_close(actual, expected)
 
 
 ALONE = {member.name: member.make(RHO) for member in MEMBERS if not member.stacked}
@@ -116,7 +110,7 @@ def test_losses_that_average_themselves_are_right_for_every_recipe(place, links)
     assert_close(MAPS[place](three_calls(links, estimate_of), PARAMS), jax.jit(expected)(PARAMS, BATCH))
 
 
-@every_kind_of_map
+@every_map
 def test_measurements_of_losses_that_average_themselves_are_those_of_each_member(run):
     link = optax_sam.measured(optax_sam.usam(RHO))
     estimator = optax_sam.gradient_estimator(LOSSES["averaged"], link, axis_name="data")
@@ -125,11 +119,10 @@ def test_measurements_of_losses_that_average_themselves_are_those_of_each_member
     assert_measured(optax_sam.measurements(state), mean_of_what_happens(optax_sam.usam(RHO), DEVICES))
 
 
-@pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
 @pytest.mark.parametrize(
     "link", [optax_sam.msam(RHO, "data"), optax_sam.micro_batched(optax_sam.measured(optax_sam.sam(RHO)), "data")]
 )
-def test_value_fn_that_averages_is_refused_where_the_gradient_is_a_members_own(place, link):
+def test_value_fn_that_averages_is_refused_where_the_gradient_is_a_members_own(link):
     def member(params, state, batch):
         loss, grads = jax.value_and_grad(mlp_loss)(own(params), batch)
         return link.update(grads, state, params, value=loss, value_fn=LOSSES["averaged"], batch=batch)[0]
@@ -137,12 +130,11 @@ def test_value_fn_that_averages_is_refused_where_the_gradient_is_a_members_own(p
     with pytest.raises(
         ValueError, match=r"over the mapped axis 'data', the gradient is a member's own .*both or neither"
     ):
-        MAPS[place](member, PARAMS, link.init(PARAMS))
+        MAPS["shard_map"](member, PARAMS, link.init(PARAMS))
 
 
-@pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
 @pytest.mark.parametrize("name", ["value", "value_fn", "value_and_grad_fn"])
-def test_measured_refuses_an_averaged_loss_beside_a_members_own_gradient(place, name):
+def test_measured_refuses_an_averaged_loss_beside_a_members_own_gradient(name):
     link = optax_sam.micro_batched(optax_sam.measured(optax_sam.sam(RHO)), "data")
     averaged, right = LOSSES["averaged"], {"value_fn": mlp_loss, "grad_fn": GRAD_FN}
 
@@ -157,10 +149,10 @@ def test_measured_refuses_an_averaged_loss_beside_a_members_own_gradient(place, 
         return link.update(grads, state, params, batch=batch, **keywords)[0]
 
     with pytest.raises(ValueError, match=r"value.*: over the mapped axis 'data', the gradient is a member's own"):
-        MAPS[place](member, PARAMS, link.init(PARAMS))
+        MAPS["shard_map"](member, PARAMS, link.init(PARAMS))
 
 
-@every_kind_of_map
+@every_map
 def test_value_fn_with_each_members_own_loss_is_right(run):
     link = optax_sam.msam(RHO, "data")
     update = lambda w, state, b: link.update(GRAD_FN(own(w), b), state, w, value_fn=mlp_loss, batch=b)  # noqa: E731
@@ -168,14 +160,14 @@ def test_value_fn_with_each_members_own_loss_is_right(run):
     assert_close(actual, on_one_device(references.sam, DEVICES)[1])
 
 
-@every_kind_of_map
+@every_map
 def test_switch_between_an_average_and_none_is_refused(run):
     link = optax_sam.late(optax_sam.msam(RHO, "data"), 1)
     with pytest.raises(ValueError, match=r"phase from step 1 averages over micro-batches and .* 0 does not"):
         run(own_gradient(link), PARAMS, link.init(PARAMS))
 
 
-@every_kind_of_map
+@every_map
 def test_switch_between_averages_is_right(run):
     inner = {0: optax_sam.micro_batched(optax.identity(), "data"), 1: optax_sam.msam(RHO, "data")}
     link = optax_sam.switch_at(inner)
@@ -185,7 +177,7 @@ def test_switch_between_averages_is_right(run):
     assert_close((first, second), (on_one_device(plain, 1)[1], on_one_device(references.sam, DEVICES)[1]))
 
 
-@every_kind_of_map
+@every_map
 @pytest.mark.parametrize("inner", [optax_sam.msam(RHO, "data"), optax_sam.late(optax_sam.msam(RHO, "data"), 0)])
 def test_renormalization_around_an_average_is_refused(run, inner):
     link = optax_sam.renormalized(inner)
@@ -201,7 +193,7 @@ def test_branches_that_differ_between_devices_are_refused(place):
         MAPS[place](own_gradient(link), PARAMS, link.init(PARAMS))
 
 
-@every_kind_of_map
+@every_map
 def test_index_that_is_the_same_on_all_members_is_accepted(run):
     inner = optax_sam.switch_by(lambda step: step >= 0, [optax.identity(), optax_sam.sam(RHO)])
     link = optax_sam.micro_batched(inner, "data")
@@ -216,24 +208,28 @@ def test_index_that_reads_the_axis_and_is_the_same_on_all_members_is_accepted():
     assert_close(actual, on_one_device(references.sam, DEVICES)[1])
 
 
-@pytest.mark.parametrize("place", ["shard_map", "shard_map explicit"])
-def test_params_that_were_marked_as_varying_are_refused(place):
-    averaged, plain = optax_sam.msam(RHO, "data"), optax_sam.sam(RHO)
-    estimator = optax_sam.gradient_estimator(mlp_loss, plain, axis_name="data")
+def test_params_that_were_marked_as_varying_are_refused():
+    averaged, alone = optax_sam.msam(RHO, "data"), optax_sam.sam(RHO)
+    estimator = optax_sam.gradient_estimator(mlp_loss, alone, axis_name="data")
 
     def chain(link):
         return lambda params, state, batch: link.update(
             GRAD_FN(own(params), batch), state, own(params), grad_fn=GRAD_FN, batch=batch
         )
 
-    for link, message in ((averaged, "pass them without pcast"), (plain, r"`sharded\(link, 'data'\)`")):
+    def estimate(params, state, batch):
+        return estimator.value_and_grad(own(params), state, batch)
+
+    for function, link, message in (
+        (chain(averaged), averaged, "pass them without pcast"),
+        (chain(alone), alone, r"`sharded\(link, 'data'\)`"),
+        (estimate, alone, "The params vary over the mapped axis 'data'"),
+    ):
         with pytest.raises(ValueError, match=message):
-            MAPS[place](chain(link), PARAMS, link.init(PARAMS))
-    with pytest.raises(ValueError, match="The params vary over the mapped axis 'data'"):
-        MAPS[place](lambda w, state, batch: estimator.value_and_grad(own(w), state, batch), PARAMS, plain.init(PARAMS))
+            MAPS["shard_map"](function, PARAMS, link.init(PARAMS))
 
 
-@every_kind_of_map
+@every_map
 def test_batch_that_does_not_divide_is_refused_with_both_numbers(run):
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=3, axis_name="data")
     with pytest.raises(ValueError, match="batch_size=4 must be divisible by num_micro_batches=3"):
@@ -252,7 +248,7 @@ def test_batch_on_an_explicit_mesh_that_does_not_divide_is_refused_with_all_thre
             jax.jit(function)(PARAMS, batch)
 
 
-@every_kind_of_map
+@every_map
 def test_axis_that_is_not_mapped_is_named(run):
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), axis_name="model")
     with pytest.raises(ValueError, match="axis_name='model' is no mapped axis here"):
@@ -282,7 +278,7 @@ def test_losses_that_do_not_fit_whole_micro_batches_on_each_device_are_explained
 # State, aux and randomness.
 
 
-@every_kind_of_map
+@every_map
 def test_large_float16_gradients_do_not_overflow(run):
     params = jnp.ones(3, jnp.float16)
 
@@ -290,43 +286,37 @@ def test_large_float16_gradients_do_not_overflow(run):
         outputs = (w[None] * jnp.float16(20_000)).astype(jnp.float32)
         return jnp.mean(jnp.sum(outputs, axis=1)) + 0 * jnp.sum(batch["y"])
 
-    functions = [
-        optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), axis_name="data", ascent_per=ascent_per)
-        for ascent_per in ("micro_batch", "batch")
-    ]
-    actual = run(lambda *args: [function(*args)[1] for function in functions], params)
-    assert_close(actual, [jnp.full(3, 20_000, jnp.float16)] * 2)
+    estimate = functools.partial(optax_sam.value_and_grad, loss_fn, optax_sam.sam(RHO), axis_name="data")
+    actual = run(together({per: estimate(ascent_per=per) for per in ("micro_batch", "batch")}), params)
+    for _, gradient in actual.values():
+        assert_close(gradient, jnp.full(3, 20_000, jnp.float16))
 
 
-@every_kind_of_map
+@every_map
 def test_float_states_are_averaged_over_devices_and_counters_shared(run):
-    rho = optax.constant_schedule(0.1)
-    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(rho))
+    ascent = optax.chain(optax.ema(0.5, debias=False), optax_sam.normalized_ascent(optax.constant_schedule(0.1)))
     link = optax_sam.late(optax_sam.sharpness_aware(ascent), 1)
-
-    def estimate(ascent_per):
-        estimator = optax_sam.gradient_estimator(mlp_loss, link, ascent_per=ascent_per, axis_name="data")
-        return lambda *args: estimator.value_and_grad(*args)[1:]
-
-    forms = [estimate("micro_batch"), estimate("batch"), own_gradient(optax_sam.micro_batched(link, "data"))]
+    estimate = functools.partial(optax_sam.gradient_estimator, mlp_loss, link, axis_name="data")
+    estimators = [estimate(ascent_per=per).value_and_grad for per in ("micro_batch", "batch")]
+    forms = [*estimators, own_gradient(optax_sam.micro_batched(link, "data"))]
 
     def update(params, states, batch):
-        results = [form(params, state, batch) for form, state in zip(forms, states, strict=True)]
-        return tuple(zip(*results, strict=True))
+        return [form(params, state, batch)[-2:] for form, state in zip(forms, states, strict=True)]
 
-    clean = on_one_device(plain, 1)[1]
-    alone, averaged = link.init(PARAMS), optax_sam.micro_batched(link, "data").init(PARAMS)
-    grads, states = run(update, PARAMS, (alone, alone, averaged))
-    assert_close(grads, (clean,) * len(forms))
-    _, states = run(update, PARAMS, states)
-    for state in (*states[:2], states[2].link_state):
+    clean, start = on_one_device(plain, 1)[1], link.init(PARAMS)
+    averaged = optax_sam.micro_batched(link, "data").init(PARAMS)
+    first = run(update, PARAMS, [start, start, averaged])
+    second = run(update, PARAMS, [state for _, state in first])
+    for (gradient, _), (_, state) in zip(first, second, strict=True):
+        assert_close(gradient, clean)
+        state = getattr(state, "link_state", state)
         assert_identical(state.switch_step, jnp.int32(2))
         ema, schedule = state.link_states[1].ascent_state
         assert_identical(schedule.ascent_step, jnp.int32(1))
         assert_close(ema.ema, jax.tree.map(lambda g: g / 2, clean))
 
 
-@pytest.mark.parametrize("place", [*KINDS, "one device"])
+@pytest.mark.parametrize("place", [*MAPS, "one device"])
 def test_states_that_differ_between_micro_batches_and_are_not_float_are_those_of_the_first(place):
     class Seen(NamedTuple):
         positive: jax.Array
@@ -357,7 +347,7 @@ def test_states_that_differ_between_micro_batches_and_are_not_float_are_those_of
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(reference_key))
 
 
-@every_kind_of_map
+@every_map
 def test_aux_is_averaged_or_the_first(run):
     def loss_fn(params, batch):
         return mlp_loss(params, batch), {"mean": jnp.mean(batch["y"]), "sign": batch["y"][0] > 0, "size": 4}
@@ -388,23 +378,29 @@ def normalized_loss(axis_name):
     return loss_fn
 
 
-def normalized_on_one_device(params, stats, parts):
+@functools.cache
+def normalized_variables():
+    variables = jax.jit(Normalized().init)(jax.random.key(0), BATCH["x"])
+    return variables["params"], variables["batch_stats"]
+
+
+@functools.cache
+def normalized_on_one_device(parts):
+    params, stats = normalized_variables()
     loss_fn = lambda params, part: normalized_loss(None)(params, part, stats)  # noqa: E731
     loss, gradient = on_one_device(references.sam, parts, lambda *args: loss_fn(*args)[0], params)
-    updated = jax.vmap(loss_fn, in_axes=(None, 0))(params, split(BATCH, parts))[1]
+    updated = jax.jit(jax.vmap(loss_fn, in_axes=(None, 0)))(params, split(BATCH, parts))[1]
     return (loss, jax.tree.map(lambda x: jnp.mean(x, axis=0), updated)), gradient
 
 
 @pytest.mark.parametrize("place", ["pmap", "shard_map"])
 def test_batch_norm_has_the_statistics_of_all_devices_or_of_each(place):
-    variables = jax.jit(Normalized().init)(jax.random.key(0), BATCH["x"])
-    params, stats = variables["params"], variables["batch_stats"]
     options = {"has_aux": True, "axis_name": "data"}
     across = optax_sam.value_and_grad(normalized_loss("data"), optax_sam.sam(RHO), ascent_per="batch", **options)
     on_each = optax_sam.value_and_grad(normalized_loss(None), optax_sam.sam(RHO), **options)
     both = lambda params, stats, batch: (across(params, batch, stats), on_each(params, batch, stats))  # noqa: E731
-    expected = normalized_on_one_device(params, stats, 1), normalized_on_one_device(params, stats, DEVICES)
-    assert_close(MAPS[place](both, params, stats), expected)
+    actual = MAPS[place](both, *normalized_variables())
+    assert_close(actual, (normalized_on_one_device(1), normalized_on_one_device(DEVICES)))
 
 
 def draw_loss(params, batch, key):
@@ -416,7 +412,7 @@ def mean_draw(num_micro_batches):
     return np.mean(np.multiply(draws, np.sum(np.reshape(BATCH["y"], (num_micro_batches, -1)), axis=1)))
 
 
-@every_kind_of_map
+@every_map
 def test_each_micro_batch_of_each_device_draws_its_own_random_numbers(run):
     options = {"has_aux": True, "num_micro_batches": 2, "axis_name": "data"}
     function = optax_sam.value_and_grad(draw_loss, optax_sam.sam(RHO), **options)

@@ -1,5 +1,6 @@
 """Many devices: every way to spread a batch gives the numbers of one device on the concatenated batch, or an error."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
 from tests.helpers import references
+from tests.helpers.one_device import on_one_device, plain
 from tests.helpers.places import (
     BATCH,
     DEVICES,
@@ -18,11 +20,11 @@ from tests.helpers.places import (
     PARAMS,
     PLACES,
     RHO,
-    every_kind_of_map,
-    on_one_device,
+    every_map,
+    on_mesh,
     own,
     own_gradient,
-    plain,
+    together,
 )
 from tests.helpers.problems import assert_close, cnn_batch, cnn_loss, cnn_params, mlp_loss, split
 
@@ -44,21 +46,18 @@ class Setting(NamedTuple):
         return {"batch": 1, "device": DEVICES, "micro_batch": DEVICES * self.num_micro_batches}[self.ascent_per]
 
 
-SETTINGS = {
-    "batch": Setting("batch", 1, "stable_sam"),
-    "batch, 2 micro-batches": Setting("batch", 2, "late"),
-    "micro_batch": Setting("micro_batch", 1, "stable_sam"),
-    "2 micro-batches": Setting("micro_batch", 2, "late"),
-}
-SETTINGS_OF_A_MAP = {
-    "device": Setting("device", 1, "late"),
-    "device, 2 micro-batches": Setting("device", 2, "stable_sam"),
-}
-SETTINGS_OF_A_CHAIN = {
-    "batch": Setting("batch", 1, "late"),
-    "micro_batch": Setting("micro_batch", 1, "late"),
-    "2 micro-batches": Setting("micro_batch", 2, "stable_sam"),
-}
+SETTINGS = [
+    Setting("batch", 1, "stable_sam"),
+    Setting("batch", 2, "late"),
+    Setting("micro_batch", 1, "stable_sam"),
+    Setting("micro_batch", 2, "late"),
+]
+SETTINGS_OF_DEVICES = [Setting("device", 1, "late"), Setting("device", 2, "stable_sam")]
+SETTINGS_OF_A_CHAIN = [
+    Setting("batch", 1, "late"),
+    Setting("micro_batch", 1, "late"),
+    Setting("micro_batch", 2, "stable_sam"),
+]
 
 
 def reference(setting):
@@ -87,8 +86,8 @@ def assert_equals_one_device(place, form, settings, axis_name):
         start = params, init(params), optimizer.init(params)
         return jax.lax.scan(step, start, length=STEPS)[0][0]
 
-    train_all = lambda *args: {name: train(setting, *args) for name, setting in settings.items()}  # noqa: E731
-    assert_close(place(train_all, PARAMS), {name: reference(setting) for name, setting in settings.items()})
+    actual = place(together({setting: functools.partial(train, setting) for setting in settings}), PARAMS)
+    assert_close(actual, {setting: reference(setting) for setting in settings})
 
 
 def estimator_form(setting, axis_name):
@@ -135,17 +134,17 @@ def stack(batch, num_micro_batches):
     return jax.tree.map(reshape, batch)
 
 
-@every_kind_of_map
+@every_map
 def test_estimator_on_devices_equals_one_device(run):
-    assert_equals_one_device(run, estimator_form, SETTINGS | SETTINGS_OF_A_MAP, "data")
+    assert_equals_one_device(run, estimator_form, SETTINGS + SETTINGS_OF_DEVICES, "data")
 
 
 @pytest.mark.parametrize("place", ["shard_map unchecked", "shard_map explicit"])
 def test_estimator_in_other_maps_equals_one_device(place):
-    assert_equals_one_device(PLACES[place], estimator_form, SETTINGS_OF_A_MAP, "data")
+    assert_equals_one_device(PLACES[place], estimator_form, SETTINGS_OF_DEVICES, "data")
 
 
-@every_kind_of_map
+@every_map
 def test_chain_on_devices_equals_one_device(run):
     assert_equals_one_device(run, chain_form, SETTINGS_OF_A_CHAIN, "data")
 
@@ -159,13 +158,11 @@ def test_chain_under_jit_equals_one_device():
 
 
 def test_estimator_on_an_explicit_mesh_equals_one_device():
-    assert_equals_one_device(PLACES["jit explicit"], estimator_form, SETTINGS | SETTINGS_OF_A_MAP, "data")
+    assert_equals_one_device(PLACES["jit explicit"], estimator_form, SETTINGS + SETTINGS_OF_DEVICES, "data")
 
 
 def test_micro_batches_that_are_spread_over_an_explicit_mesh_equal_one_device():
-    assert_equals_one_device(
-        PLACES["jit explicit"], estimator_form, {"2 micro-batches": SETTINGS["batch, 2 micro-batches"]}, None
-    )
+    assert_equals_one_device(PLACES["jit explicit"], estimator_form, SETTINGS[1:2], None)
 
 
 def test_chain_on_an_explicit_mesh_equals_one_device():
@@ -179,9 +176,8 @@ def test_one_ascent_per_device_needs_to_see_the_devices():
 
 def every_strategy(**options):
     """(params, batch) -> loss and gradient of mSAM by strategy."""
-    strategies = ("vmap", "scan", "unroll")
-    functions = {s: optax_sam.value_and_grad(mlp_loss, LINKS["stable_sam"], strategy=s, **options) for s in strategies}
-    return lambda params, batch: {name: function(params, batch) for name, function in functions.items()}
+    estimate = functools.partial(optax_sam.value_and_grad, mlp_loss, LINKS["stable_sam"], **options)
+    return together({strategy: estimate(strategy=strategy) for strategy in ("vmap", "scan", "unroll")})
 
 
 def test_every_strategy_on_devices_equals_one_device():
@@ -197,9 +193,8 @@ def test_every_strategy_on_an_explicit_mesh_equals_one_device():
 
 def test_leaves_that_the_ascent_leaves_alone_have_the_gradient_of_one_device():
     """In the chain form; their gradient would be the sum over the devices."""
-    link = optax_sam.micro_batched(
-        optax_sam.sam(RHO, mask={"hidden": {"bias": True, "kernel": False}, "output": False}), "data"
-    )
+    mask = {"hidden": {"bias": True, "kernel": False}, "output": False}
+    link = optax_sam.micro_batched(optax_sam.sam(RHO, mask=mask), "data")
     _, expected = on_one_device(references.sam_of_first_four, DEVICES)
     assert_close(PLACES["shard_map"](own_gradient(link), PARAMS, link.init(PARAMS))[0], expected)
 
@@ -221,7 +216,6 @@ def test_convolutions_in_loops_and_branches_on_an_explicit_mesh_equal_one_device
 
 
 def test_several_axes_are_one():
-    mesh = jax.make_mesh((2, 4), ("host", "device"), axis_types=(AxisType.Auto,) * 2)
     axes = ("host", "device")
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), axis_name=axes)
     link = optax_sam.msam(RHO, axes)
@@ -232,18 +226,16 @@ def test_several_axes_are_one():
         chained, _ = link.update(grads, link.init(params), params, grad_fn=GRAD_FN, batch=batch)
         return function(params, batch), chained
 
-    specs = PartitionSpec(), PartitionSpec(axes)
-    mapped = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
+    mapped = on_mesh(member, (PartitionSpec(), PartitionSpec(axes)), PartitionSpec(), host=2, device=4)
     loss, gradient = on_one_device(references.sam, DEVICES)
     assert_close(mapped(PARAMS, BATCH), ((loss, gradient), gradient))
 
 
 def test_one_ascent_per_group_of_devices_is_an_average_in_the_loss():
-    mesh = jax.make_mesh((2, 4), ("host", "device"), axis_types=(AxisType.Auto,) * 2)
     loss_fn = lambda params, batch: jax.lax.pmean(mlp_loss(params, batch), "device")  # noqa: E731
     function = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), axis_name="host")
     specs = PartitionSpec(), PartitionSpec(("host", "device"))
-    mapped = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
+    mapped = on_mesh(function, specs, PartitionSpec(), host=2, device=4)
     assert_close(mapped(PARAMS, BATCH), on_one_device(references.sam, 2))
 
 

@@ -6,26 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import optax_sam
 from optax_sam import measured, measurements
-from tests.helpers.measuring import (
-    BATCH,
-    LINKS,
-    PARAMS,
-    assert_measured,
-    mean_of_what_happens,
-    what_happens,
-)
-from tests.helpers.places import DEVICES, MAPS, PLACES, every_kind_of_map, own
-from tests.helpers.problems import (
-    assert_close,
-    mlp_loss,
-)
+from tests.helpers.measuring import BATCH, LINKS, PARAMS, assert_measured, mean_of_what_happens, what_happens
+from tests.helpers.places import DEVICES, MAPS, PLACES, every_map, on_mesh, own, together
+from tests.helpers.problems import assert_close, mlp_loss
 
 
-@every_kind_of_map
+@every_map
 def test_estimator_on_devices_records_what_happens_on_one(run):
     link, ascents = LINKS["stable_sam"], {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}
 
@@ -34,7 +24,7 @@ def test_estimator_on_devices_records_what_happens_on_one(run):
         estimator = optax_sam.gradient_estimator(mlp_loss, measured(link), **options)
         return estimator.value_and_grad(params, estimator.init(params), batch)[2]
 
-    states = run(lambda *args: {ascent_per: state_after(ascent_per, *args) for ascent_per in ascents}, PARAMS)
+    states = run(together({ascent_per: functools.partial(state_after, ascent_per) for ascent_per in ascents}), PARAMS)
     for ascent_per, number in ascents.items():
         assert_measured(measurements(states[ascent_per]), mean_of_what_happens(link, number))
 
@@ -53,7 +43,7 @@ def test_estimator_on_an_explicit_mesh_records_what_happens_on_one_device():
     assert_mesh_records_what_happens_on_one_device("jit explicit", num_micro_batches=2, axis_name="data")
 
 
-@every_kind_of_map
+@every_map
 def test_msam_in_a_chain_on_devices_records_what_happens_on_one(run):
     plain, active = measured(optax.identity()), measured(LINKS["sam"])
     link = optax_sam.micro_batched(optax_sam.switch_at({0: plain, 1: active}), "data")
@@ -68,7 +58,7 @@ def test_msam_in_a_chain_on_devices_records_what_happens_on_one(run):
     assert_measured(measurements(state), mean_of_what_happens(LINKS["sam"], DEVICES))
 
 
-@every_kind_of_map
+@every_map
 def test_synchronized_sam_in_a_chain_on_devices_records_what_happens_on_one(run):
     link = measured(LINKS["sam"])
 
@@ -84,7 +74,8 @@ def test_synchronized_sam_in_a_chain_on_devices_records_what_happens_on_one(run)
 
 
 def test_losses_that_are_not_averaged_as_the_gradient_is_are_refused():
-    link, grads = measured(LINKS["sam"]), jax.grad(mlp_loss)(PARAMS, BATCH)
+    link = measured(LINKS["sam"])
+    grads = jax.jit(jax.grad(mlp_loss))(PARAMS, BATCH)
 
     def update(value_fn, extra_args, params, state, batch):
         value = jnp.float32(1.0) if value_fn else mlp_loss(params, batch)
@@ -123,10 +114,9 @@ def test_sharded_params_record_what_happens_on_one_device():
         body = lambda state, _: (estimator.value_and_grad(params, state, x)[2], None)  # noqa: E731
         return jax.lax.scan(body, estimator.init(params), length=2)[0]
 
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    update_all = lambda *args: {name: two_updates(link, *args) for name, link in links.items()}  # noqa: E731
-    mapped = jax.shard_map(update_all, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
-    states = jax.jit(mapped)(SHARDED_PARAMS, INPUTS)
+    update_all = together({name: functools.partial(two_updates, link) for name, link in links.items()})
+    mapped = on_mesh(update_all, (SPEC, PartitionSpec()), PartitionSpec(), model=DEVICES)
+    states = mapped(SHARDED_PARAMS, INPUTS)
     for name, state in states.items():
         assert_measured(measurements(state), what_happens(LINKS[name], SHARDED_PARAMS, INPUTS, sharded_loss))
 
@@ -140,9 +130,8 @@ def test_norms_with_a_mask_where_nothing_is_known():
         value_fn = functools.partial(loss_fn, _=None)
         return measurements(link.update(grads, link.init(params), params, value=loss, value_fn=value_fn)[1])
 
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC,), out_specs=PartitionSpec(), check_vma=False)
-    actual, expected = jax.jit(mapped)(SHARDED_PARAMS), what_happens(LINKS["sam"], SHARDED_PARAMS, None, loss_fn)
+    actual = on_mesh(member, (SPEC,), PartitionSpec(), check_vma=False, model=DEVICES)(SHARDED_PARAMS)
+    expected = what_happens(LINKS["sam"], SHARDED_PARAMS, None, loss_fn)
     for name in ("clean_norm", "perturbation_norm", "sam_norm", "cosine"):
         assert_close(getattr(actual, name), jnp.float32(getattr(expected, name)))
 
@@ -152,7 +141,6 @@ def test_shards_that_nobody_declared_are_refused():
         functools.partial(sharded_loss, total=lambda x: jax.lax.psum(x, "model")), measured(optax.identity())
     )
     update = lambda params, x: estimator.value_and_grad(params, estimator.init(params), x)[2]  # noqa: E731
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(update, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=PartitionSpec())
+    mapped = on_mesh(update, (SPEC, PartitionSpec()), PartitionSpec(), model=DEVICES)
     with pytest.raises(ValueError, match=r"params vary over the mapped axis 'model'.*`sharded\(link, 'model'\)`"):
-        jax.jit(mapped)(SHARDED_PARAMS, INPUTS)
+        mapped(SHARDED_PARAMS, INPUTS)

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_sam
 from benchmarks.communication import collectives
 from tests.helpers import references
-from tests.helpers.places import DEVICES, RHO, of_each_part, on_one_device
+from tests.helpers.one_device import of_each_part, on_one_device
+from tests.helpers.places import DEVICES, RHO, on_mesh, together
 from tests.helpers.problems import assert_close, training_step
 
 WIDTH = 64
@@ -24,9 +25,6 @@ LINKS = {
     "two steps": optax_sam.sharpness_aware(optax_sam.normalized_ascent(RHO), steps=2),
 }
 ACTIVE = LINKS | {"late": optax_sam.late(optax_sam.stable_sam(RHO), 0)}
-every_axis_type = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name
-)
 
 
 def make_params(width=WIDTH):
@@ -52,12 +50,8 @@ EXPLICIT_LOSS = functools.partial(loss_fn, out_sharding=PartitionSpec(None, None
 def two_steps(links, params, batch, loss_fn=loss_fn):
     """By link, the params and the state after two steps of Adam behind it."""
     txs = {name: optax.chain(link, optax.adam(0.1)) for name, link in links.items()}
-
-    def step(carry, batch):
-        return {name: training_step(tx, loss_fn)(*carry[name], batch) for name, tx in txs.items()}
-
+    step = jax.jit(lambda all, batch: {name: training_step(tx, loss_fn)(*all[name], batch) for name, tx in txs.items()})
     start = jax.jit(lambda params: {name: (params, tx.init(params)) for name, tx in txs.items()})(params)
-    step = jax.jit(step)
     return step(step(start, batch), batch)
 
 
@@ -74,7 +68,8 @@ def expected_gradients(num_micro_batches=1):
     def gradient(link, params):
         return of_each_part(link, loss_fn, num_micro_batches)(params, link.init(params), BATCH)[1]
 
-    return jax.jit(lambda params: {name: gradient(link, params) for name, link in ACTIVE.items()})(make_params())
+    functions = {name: functools.partial(gradient, link) for name, link in ACTIVE.items()}
+    return jax.jit(together(functions))(make_params())
 
 
 def gradient_of(link, grad_fn):
@@ -119,7 +114,7 @@ def test_explicit_mesh_with_sharded_params_equals_one_device():
 
 
 @pytest.mark.heavy
-@every_axis_type
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name)
 def test_memory_of_a_device_is_that_of_its_shard(axis_type):
     """Replicating the params anywhere would show: they are all but everything here."""
     width = 1 << 16
@@ -143,9 +138,8 @@ def test_memory_of_a_device_is_that_of_its_shard(axis_type):
             memory = program.memory_analysis()
             assert memory.argument_size_in_bytes < 3.1 * shard
             assert memory.output_size_in_bytes < 3.1 * shard
-            assert (
-                memory.temp_size_in_bytes < 5 * shard
-            )  # XLA copies what a branch reads: of two norms, of late in a switch
+            # XLA copies what a branch reads: of two norms, of late in a switch.
+            assert memory.temp_size_in_bytes < 5 * shard
             moved = sum(collective.num_bytes for collective in collectives(program.as_text(), branch=1))
             assert moved < 0.01 * shard, "params were gathered or reduced"
 
@@ -173,26 +167,19 @@ def sharded_gradient(link, axis_name, average=None):
     return member
 
 
-def sharded_gradients(names, mesh, average=None):
+def sharded_gradients(names, average=None, **axes):
     """By link, the gradient of the loss with params sharded over "model", and the batch over the axis to average."""
     members = {name: sharded_gradient(optax_sam.sharded(ACTIVE[name], "model"), "model", average) for name in names}
-    mapped = jax.shard_map(
-        lambda *args: {name: member(*args) for name, member in members.items()},
-        mesh=mesh,
-        in_specs=(SPEC, PartitionSpec(average)),
-        out_specs=dict.fromkeys(names, SPEC),
-    )
-    return jax.jit(mapped)(make_params(), BATCH)
+    in_specs, out_specs = (SPEC, PartitionSpec(average)), dict.fromkeys(names, SPEC)
+    return on_mesh(together(members), in_specs, out_specs, **axes)(make_params(), BATCH)
 
 
 def test_shard_map_with_sharded_params_equals_one_device():
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-    assert_close(sharded_gradients(ACTIVE, mesh), expected_gradients())
+    assert_close(sharded_gradients(ACTIVE, model=DEVICES), expected_gradients())
 
 
 def test_msam_over_one_axis_with_params_sharded_over_another_equals_one_device():
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    actual = sharded_gradients(("late", "masked"), mesh, average="data")
+    actual = sharded_gradients(("late", "masked"), average="data", data=2, model=4)
     assert_close(actual, {name: expected_gradients(2)[name] for name in actual})
 
 
@@ -212,8 +199,6 @@ def test_manual_axis_beside_an_automatic_one_equals_one_device_and_keeps_shardin
 
 def test_fsdp_by_hand_equals_one_device():
     """Params sharded over the axis that holds the batch, gathered in the loss, which is averaged over it."""
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    spec = {"first": PartitionSpec(None, "data"), "bias": PartitionSpec(), "second": PartitionSpec("data")}
 
     def gathered_loss(params, x):
         first = jax.lax.all_gather(params["first"], "data", axis=1, tiled=True)
@@ -221,18 +206,14 @@ def test_fsdp_by_hand_equals_one_device():
         whole = {"first": first, "bias": params["bias"], "second": second}
         return jax.lax.pmean(loss_fn(whole, x), "data")
 
-    def member(params, x, link):
+    def gradient(link, params, x):
         estimator = optax_sam.gradient_estimator(gathered_loss, optax_sam.sharded(link, "data"))
         return estimator.value_and_grad(params, estimator.init(params), x)[1]
 
-    links = {name: ACTIVE[name] for name in ("late", "masked")}
-    mapped = jax.shard_map(
-        lambda *args: {name: member(*args, link) for name, link in links.items()},
-        mesh=mesh,
-        in_specs=(spec, PartitionSpec("data")),
-        out_specs=dict.fromkeys(links, spec),
-    )
-    assert_close(jax.jit(mapped)(make_params(), BATCH), {name: expected_gradients()[name] for name in links})
+    names, spec = ("late", "masked"), SPECS["fsdp"]
+    members = together({name: functools.partial(gradient, ACTIVE[name]) for name in names})
+    mapped = on_mesh(members, (spec, PartitionSpec("data")), dict.fromkeys(names, spec), data=DEVICES)
+    assert_close(mapped(make_params(), BATCH), {name: expected_gradients()[name] for name in names})
 
 
 @pytest.mark.parametrize("place", ["shard_map unchecked", "vmap"])
@@ -257,16 +238,13 @@ def test_norms_with_a_mask_where_nothing_is_known(place):
             "second": actual["second"].reshape(-1, 2),
         }
     else:
-        mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
-        mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC,), out_specs=SPEC, check_vma=False)
-        actual = jax.jit(mapped)(params)
+        actual = on_mesh(member, (SPEC,), SPEC, check_vma=False, model=DEVICES)(params)
     assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("mask", [None, False])
 def test_states_inside_a_switch_vary_as_the_params_do(mask):
     """Shards of the params where they are sharded; one for each member that has a network of its own."""
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
     climb = optax.chain(optax.ema(0.9, debias=False), optax_sam.normalized_ascent(RHO))
     link = optax_sam.sharded(optax_sam.late(optax_sam.sharpness_aware(climb), 0), "model", mask=mask)
     grad_fn = jax.grad(lambda params: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)))
@@ -277,9 +255,9 @@ def test_states_inside_a_switch_vary_as_the_params_do(mask):
         _, state = link.update(grad_fn(params), link.init(params), params, grad_fn=grad_fn)
         return state.link_states[0].ascent_state[0].ema
 
-    mapped = jax.shard_map(member, mesh=mesh, in_specs=(spec,), out_specs=spec)
+    actual = on_mesh(member, (spec,), spec, model=DEVICES)(params)
     gradients = 2 * params["own"], 2 * params["rest"] * (DEVICES if mask is None else 1)  # replicated: their sum
-    assert_close(jax.jit(mapped)(params), dict(zip(spec, optax.tree.scale(0.1, gradients), strict=True)))
+    assert_close(actual, dict(zip(spec, optax.tree.scale(0.1, gradients), strict=True)))
 
 
 def test_shards_of_a_gradient_without_params():
@@ -295,20 +273,18 @@ def test_axes_with_a_mask_each_are_declared_one_around_the_other():
     grad_fn = jax.grad(lambda params: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)))
     inner = optax_sam.sharded(LINKS["stable_sam"], "x", mask={"matrix": True, "vector": False})
     link = optax_sam.sharded(inner, "y", mask=True)
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     spec = {"matrix": PartitionSpec("x", "y"), "vector": PartitionSpec("y")}
     expected = jax.jit(gradient_of(LINKS["stable_sam"], grad_fn))(params)
-    mapped = jax.shard_map(gradient_of(link, grad_fn), mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
-    assert_close(jax.jit(mapped)(params), expected)
+    mapped = on_mesh(gradient_of(link, grad_fn), (spec,), spec, check_vma=False, x=2, y=4)
+    assert_close(mapped(params), expected)
 
 
 def test_axis_of_micro_batches_cannot_hold_shards_too():
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     link = optax_sam.sharded(LINKS["sam"], ("data", "model"))
     member = sharded_gradient(link, "model", average="data")
-    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec("data")), out_specs=SPEC)
+    mapped = on_mesh(member, (SPEC, PartitionSpec("data")), SPEC, data=2, model=4)
     with pytest.raises(ValueError, match="An axis holds shards of the params or micro-batches, not both"):
-        jax.jit(mapped)(make_params(), BATCH)
+        mapped(make_params(), BATCH)
 
 
 def assert_micro_batches_with_sharded_params_equal_one_device(axis_type):
@@ -336,7 +312,7 @@ def test_stacked_micro_batches_spread_over_an_explicit_mesh_equal_one_device(spe
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     params, batch = jnp.linspace(-1.0, 1.0, 6), jnp.sin(jnp.arange(72.0)).reshape(4, 3, 6)
     loss_fn = lambda w, x: jnp.mean(jnp.sum((x - w[None]) ** 4, axis=-1))  # noqa: E731
-    links = [ACTIVE["sam"], ACTIVE["late"]]
+    methods = {"sam": references.sam, "late": references.stable_sam}
 
     def gradient(link, params, batch):
         link = optax_sam.micro_batched(link)
@@ -345,12 +321,11 @@ def test_stacked_micro_batches_spread_over_an_explicit_mesh_equal_one_device(spe
 
     batch_sharding = NamedSharding(mesh, PartitionSpec("data", None, *spec))
     placed = jax.device_put(params, NamedSharding(mesh, spec)), jax.device_put(batch, batch_sharding)
-    actual = jax.jit(lambda *args: [gradient(link, *args) for link in links])(*placed)
-    for leaf in actual:
+    actual = jax.jit(together({name: functools.partial(gradient, ACTIVE[name]) for name in methods}))(*placed)
+    for name, leaf in actual.items():
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), 1)
-    methods = references.sam, references.stable_sam
-    expected = [on_one_device(method, 4, loss_fn, params, batch.reshape(12, 6))[1] for method in methods]
-    assert_close(jax.device_get(actual), expected)
+        expected = on_one_device(methods[name], 4, loss_fn, params, batch.reshape(12, 6))[1]
+        assert_close(jax.device_get(leaf), expected)
 
 
 def test_batch_of_which_some_leaves_are_not_spread_equals_one_device():
@@ -366,31 +341,24 @@ def test_batch_of_which_some_leaves_are_not_spread_equals_one_device():
 
 
 def test_network_of_its_own_on_each_member():
-    mesh = jax.make_mesh((DEVICES,), ("member",), axis_types=(AxisType.Auto,))
-    scales = jnp.arange(1.0, DEVICES + 1)
     grad_fn = jax.grad(lambda w: jnp.sum(w**4))
-    link = optax_sam.sharded(LINKS["stable_sam"], "member", mask=False)
-    member = gradient_of(link, grad_fn)
-    stack = scales[:, None] * jnp.array([[1.0, 2.0]])
+    member = gradient_of(optax_sam.sharded(LINKS["stable_sam"], "member", mask=False), grad_fn)
+    stack = jnp.arange(1.0, DEVICES + 1)[:, None] * jnp.array([[1.0, 2.0]])
     spec = PartitionSpec("member")
-    actual = jax.jit(jax.shard_map(lambda w: member(w[0])[None], mesh=mesh, in_specs=spec, out_specs=spec))(stack)
     alone = jax.jit(gradient_of(LINKS["stable_sam"], grad_fn))
+    actual = on_mesh(lambda w: member(w[0])[None], spec, spec, member=DEVICES)(stack)
     assert_close(actual, jnp.stack([alone(w) for w in stack]))
 
 
 def test_shards_that_nobody_declared_are_refused():
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
     for link in (LINKS["sam"], LINKS["stable_sam"], optax_sam.renormalized(optax.identity())):
-        mapped = jax.shard_map(
-            sharded_gradient(link, "model"), mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC
-        )
+        mapped = on_mesh(sharded_gradient(link, "model"), (SPEC, PartitionSpec()), SPEC, model=DEVICES)
         with pytest.raises(ValueError, match=r"params vary over the mapped axis 'model'.*`sharded\(link, 'model'\)`"):
-            jax.jit(mapped)(make_params(), BATCH)
+            mapped(make_params(), BATCH)
 
 
 def test_unchecked_maps_must_be_told_which_leaves_are_sharded():
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
     member = sharded_gradient(optax_sam.sharded(LINKS["sam"], "model"), "model")
-    mapped = jax.shard_map(member, mesh=mesh, in_specs=(SPEC, PartitionSpec()), out_specs=SPEC, check_vma=False)
+    mapped = on_mesh(member, (SPEC, PartitionSpec()), SPEC, check_vma=False, model=DEVICES)
     with pytest.raises(ValueError, match=r"sharded\(link, 'model'\) needs a `mask`"):
-        jax.jit(mapped)(make_params(), BATCH)
+        mapped(make_params(), BATCH)

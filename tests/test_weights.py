@@ -11,24 +11,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
 from tests.helpers import references
-from tests.helpers.places import (
-    BATCH,
-    DEVICES,
-    MAPS,
-    PARAMS,
-    PLACES,
-    RHO,
-    every_kind_of_map,
-    of_each_part,
-    on_one_device,
-    plain,
-    three_calls,
-)
+from tests.helpers.one_device import of_each_part, on_one_device, plain, three_calls
+from tests.helpers.places import BATCH, DEVICES, MAPS, PARAMS, PLACES, RHO, every_map, together
 from tests.helpers.problems import assert_close, assert_identical, mlp_loss
 
 SIZE = 32
 STRATEGIES = ("auto", "vmap", "scan", "unroll")
-LATE = optax_sam.late(optax_sam.stable_sam(RHO), 0)
 
 
 def residuals(params, batch):
@@ -66,14 +54,12 @@ def test_the_mean_of_means_is_not_the_mean():
 
 
 def test_accumulation_of_padded_batches_is_exact():
-    def estimate(strategy):
-        options = {"num_micro_batches": 8, "ascent_per": "batch", "strategy": strategy, "weight_fn": num_valid}
-        return optax_sam.value_and_grad(padded_loss, optax_sam.usam(RHO), **options)
-
-    actual = jax.jit(lambda *args: {strategy: estimate(strategy)(*args) for strategy in STRATEGIES})(PARAMS, RAGGED)
+    options = {"num_micro_batches": 8, "ascent_per": "batch", "weight_fn": num_valid}
+    estimate = functools.partial(optax_sam.value_and_grad, padded_loss, optax_sam.usam(RHO), **options)
+    actual = jax.jit(together({strategy: estimate(strategy=strategy) for strategy in STRATEGIES}))(PARAMS, RAGGED)
     whole = on_one_device(references.usam, 1, padded_loss, batch=RAGGED)
     assert_close(actual, dict.fromkeys(STRATEGIES, whole))
-    assert_close(estimate("auto")(PARAMS, RAGGED), whole)
+    assert_close(estimate()(PARAMS, RAGGED), whole)  # without jit
 
 
 def test_msam_is_the_weighted_mean_of_the_micro_batches():
@@ -90,11 +76,12 @@ def test_msam_is_the_weighted_mean_of_the_micro_batches():
         assert_close(actual, expected)
 
 
-@every_kind_of_map
+@every_map
 def test_weights_count_over_devices(run):
     """8 devices of 2 micro-batches of 2 examples; some devices hold padding alone."""
     valid = np.random.default_rng(0).random(SIZE) < np.repeat([1, 0.5, 0, 0.2, 1, 0, 0.7, 1], 4)
-    links = {"usam": (optax_sam.usam(RHO), references.usam), "late": (LATE, references.stable_sam)}
+    late = optax_sam.late(optax_sam.stable_sam(RHO), 0)
+    links = {"usam": (optax_sam.usam(RHO), references.usam), "late": (late, references.stable_sam)}
     ascents = {"micro_batch": 2 * DEVICES, "device": DEVICES, "batch": 1}
     cells = ("micro_batch", "late"), ("device", "usam"), ("device", "late"), ("batch", "usam")
 
@@ -107,7 +94,8 @@ def test_weights_count_over_devices(run):
         weights = np.sum(valid.reshape(ascents[ascent_per], -1), axis=1)
         return on_one_device(links[name][1], len(weights), padded_loss, batch=padded(valid), weights=weights)
 
-    actual = run(lambda *args: {cell: estimate(*cell, *args) for cell in cells}, PARAMS, batch=padded(valid))
+    functions = together({cell: functools.partial(estimate, *cell) for cell in cells})
+    actual = run(functions, PARAMS, batch=padded(valid))
     assert_close(actual, {cell: expected(*cell) for cell in cells})
 
 
@@ -136,7 +124,7 @@ COMMUNICATING = {
 }
 
 
-@every_kind_of_map
+@every_map
 @pytest.mark.parametrize("kind", COMMUNICATING)
 def test_losses_that_communicate_have_no_weight_of_their_own(run, kind):
     function = optax_sam.value_and_grad(COMMUNICATING[kind], optax_sam.sam(RHO), axis_name="data", weight_fn=num_valid)
@@ -154,12 +142,11 @@ STATES = {
 @pytest.mark.parametrize(("num_micro_batches", "ascent_per"), [(1, "micro_batch"), (4, "device")])
 def test_padding_alone_leaves_the_floats_of_the_state_as_they_are(num_micro_batches, ascent_per):
     def next_states(**options):
-        def update(params, states, batch):
-            options_of_all = {"num_micro_batches": num_micro_batches, "weight_fn": num_valid, **options}
-            estimate = functools.partial(optax_sam.gradient_estimator, padded_loss, **options_of_all)
-            return {k: estimate(link).value_and_grad(params, states[k], batch)[2] for k, link in STATES.items()}
-
-        return update
+        options |= {"num_micro_batches": num_micro_batches, "weight_fn": num_valid}
+        estimate = functools.partial(optax_sam.gradient_estimator, padded_loss, **options)
+        return lambda params, states, batch: {
+            name: estimate(link).value_and_grad(params, states[name], batch)[2] for name, link in STATES.items()
+        }
 
     def floats(states):
         return {k: [x for x in jax.tree.leaves(s) if jnp.issubdtype(x.dtype, jnp.inexact)] for k, s in states.items()}
@@ -174,13 +161,11 @@ def test_padding_alone_leaves_the_floats_of_the_state_as_they_are(num_micro_batc
 
 
 def test_equal_weights_of_any_type_are_no_weights():
-    def estimate(weight):
-        options = {"num_micro_batches": 4, "weight_fn": lambda batch: weight}
-        return optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), **options)
-
+    estimate = functools.partial(optax_sam.value_and_grad, mlp_loss, optax_sam.sam(RHO), num_micro_batches=4)
     weights = 3, 2.5, np.int32(7), jnp.int32(5), jnp.float16(1000), np.float64(1e-30)
-    actual = jax.jit(lambda *args: [estimate(weight)(*args) for weight in weights])(PARAMS, BATCH)
-    assert_close(actual, [on_one_device(references.sam, 4)] * len(weights))
+    functions = {i: estimate(weight_fn=lambda batch, weight=weight: weight) for i, weight in enumerate(weights)}
+    actual = jax.jit(together(functions))(PARAMS, BATCH)
+    assert_close(actual, dict.fromkeys(actual, on_one_device(references.sam, 4)))
 
 
 def test_weights_see_the_arguments_of_the_loss_and_aux_is_weighted():
@@ -234,11 +219,10 @@ def test_any_arguments_carry_the_batch():
     arguments = jnp.float32(2.0), BATCH["y"], jax.random.key(0), BATCH["x"]
     actual = optax_sam.value_and_grad(loss_fn, optax_sam.sam(RHO), num_micro_batches=4, batch_argnums=[4, 2])
     expected = optax_sam.value_and_grad(inside, optax_sam.sam(RHO), num_micro_batches=4)
-    assert_close(actual(PARAMS, *arguments), expected(PARAMS, BATCH, jnp.float32(2.0), jax.random.key(0)))
-    assert_identical(
-        optax_sam.value_and_grad(loss_fn, optax.identity(), batch_argnums=(2, 4))(PARAMS, *arguments),
-        jax.value_and_grad(loss_fn)(PARAMS, *arguments),
-    )
+    results = jax.jit(actual)(PARAMS, *arguments), jax.jit(expected)(PARAMS, BATCH, jnp.float32(2.0), arguments[2])
+    assert_close(*results)
+    whole = optax_sam.value_and_grad(loss_fn, optax.identity(), batch_argnums=(2, 4))
+    assert_identical(jax.jit(whole)(PARAMS, *arguments), jax.jit(jax.value_and_grad(loss_fn))(PARAMS, *arguments))
 
 
 @pytest.mark.parametrize("place", ["pmap", "shard_map"])
@@ -303,14 +287,15 @@ def gradient_of_pixels():
 
 
 def test_batches_that_check_their_ranks_are_split():
-    def estimates(w, batch):
-        for strategy in STRATEGIES:
-            for weight_fn in (None, lambda batch: 1.0):
-                options = {"num_micro_batches": 8, "strategy": strategy, "weight_fn": weight_fn}
-                yield optax_sam.value_and_grad(loss_of_images, optax_sam.sam(RHO), **options)(w, batch)
-
-    actual = jax.jit(lambda *args: list(estimates(*args)))(W, Images(PIXELS))
-    assert_close(actual, [gradient_of_pixels()] * len(actual))
+    estimate = functools.partial(optax_sam.value_and_grad, loss_of_images, optax_sam.sam(RHO), num_micro_batches=8)
+    weight_fns = {"equal": None, "weighted": lambda batch: 1.0}
+    functions = {
+        (strategy, name): estimate(strategy=strategy, weight_fn=weight_fn)
+        for strategy in STRATEGIES
+        for name, weight_fn in weight_fns.items()
+    }
+    actual = jax.jit(together(functions))(W, Images(PIXELS))
+    assert_close(actual, dict.fromkeys(actual, gradient_of_pixels()))
 
 
 def test_batches_that_check_their_ranks_are_split_on_an_explicit_mesh():
