@@ -48,9 +48,9 @@ def make_step(**options: Any) -> Step:
 
 
 def with_jit(num_devices: int, num_micro_batches: int) -> tuple[Step, Callable[[Any], Any]]:
-    """Arrays are global: the micro-batches of all devices are counted, and the batch is sharded over them."""
+    """No map: the estimator makes one over the axis of the mesh that the batch is sharded over."""
     mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Explicit,))
-    step = jax.jit(make_step(num_micro_batches=num_devices * num_micro_batches), donate_argnums=(0, 1))
+    step = jax.jit(make_step(num_micro_batches=num_micro_batches, axis_name="data"), donate_argnums=(0, 1))
     return step, lambda batch: jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
 
 

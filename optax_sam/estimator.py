@@ -232,7 +232,9 @@ class _Estimate(NamedTuple):
         only = len(self.batch_argnums) == 1
         size = leading_size(**{"batch" if only else f"argument {n}": arg for n, arg in arguments.batch.items()})
         if size is None:
-            raise ValueError(f"num_micro_batches > 1 needs a batch at {self.batch_argnums=}, by position; got none.")
+            raise ValueError(
+                f"Micro-batches need a batch at batch_argnums={self.batch_argnums}, by position; got none."
+            )
         for name, tree in (arguments.others | arguments.keywords).items():
             shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray))]
             if any(shape and shape[0] == size for shape in shapes):

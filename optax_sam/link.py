@@ -74,11 +74,10 @@ def sharpness_aware(
         An ``optax.GradientTransformationExtraArgs`` from g to s. The params it was given are never changed.
 
     Raises:
-        TypeError: an argument is of the wrong type, params have 8 bits or fewer, or ``grad_fn`` returns a tuple, as
-            ``jax.value_and_grad`` does.
+        TypeError: an argument is of the wrong type, or a leaf of the params is not floating-point of 16 bits or more.
         ValueError: steps < 1; at ``update``: params missing, neither ``grad_fn`` nor ``value_fn`` given, or
             ``grad_fn``, ``ascent`` or ``projection`` returns a tree of another structure or of other shapes than the
-            params.
+            params, such as the pair of ``jax.value_and_grad``.
 
     Example:
         >>> import optax

@@ -51,9 +51,10 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
         An ``optax.GradientTransformationExtraArgs`` that forwards all extra arguments.
 
     Raises:
-        TypeError: phases is not a mapping from int to transformations.
-        ValueError: phases is empty, unordered, or does not begin at 0; at ``update``, the outputs or states of the
+        TypeError: phases is not a mapping from int to transformations; at ``update``, the outputs or states of the
             phases differ in structure, shape or dtype.
+        ValueError: phases is empty, unordered, or does not begin at 0; at ``update``, one phase averages over
+            micro-batches and another does not.
 
     Example:
         >>> import optax_sam
@@ -95,10 +96,10 @@ def switch_by(
         An ``optax.GradientTransformationExtraArgs`` that forwards all extra arguments.
 
     Raises:
-        TypeError: index_fn is not a function, links is not a sequence of transformations, or the index is not an
-            integer.
-        ValueError: links is empty, or the index is not a scalar; at ``update``, the outputs or states of the links
-            differ in structure, shape or dtype.
+        TypeError: index_fn is not a function, or links is not a sequence of transformations; at ``update``, the index
+            is not an integer, or the outputs or states of the links differ in structure, shape or dtype.
+        ValueError: at ``update``, one link averages over micro-batches and another does not, or index_fn reads its
+            place on a mapped axis.
 
     Example:
         >>> import optax_sam

@@ -203,7 +203,7 @@ SCALARS = [
 ]
 NOT_A_BATCH = [*SCALARS, ({"x": EIGHT, "z": FOUR}, ValueError, "4 in ", "must agree in their leading axis")]
 NOT_SPLIT = NOT_A_BATCH + [
-    (empty, ValueError, "got none", "needs a batch at self.batch_argnums=(1,), by position") for empty in (None, {}, ())
+    (empty, ValueError, "got none", "need a batch at batch_argnums=(1,), by position") for empty in (None, {}, ())
 ]
 LATE, TWICE, TWO = optax_sam.late(SAM, 1), measured(measured(SAM)), optax.chain(measured(SAM), measured(SAM))
 NOT_STATES = [

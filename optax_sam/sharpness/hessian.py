@@ -107,8 +107,8 @@ def hessian_eigenvalues(
 
     Raises:
         TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: k < 1, num_smallest < 0, or more eigenvalues than there are params or products; rtol < 0; no
-            batches, or an iterator; params without leaves; a Hessian that is not finite.
+        ValueError: k < 1, num_smallest < 0, or more eigenvalues than there are params or products; an iterator, or a
+            single batch, as batches; a Hessian that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])
@@ -176,8 +176,7 @@ def hessian_trace(
 
     Raises:
         TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: fewer than 2 probes; no batches, or an iterator; params without leaves; a Hessian that is not
-            finite.
+        ValueError: an iterator, or a single batch, as batches; a Hessian that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])
@@ -227,8 +226,7 @@ def spectral_density(
 
     Raises:
         TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: num_probes or num_products below 1; no batches, or an iterator; params without leaves; a Hessian
-            that is not finite.
+        ValueError: an iterator, or a single batch, as batches; a Hessian that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])

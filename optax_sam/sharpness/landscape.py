@@ -74,8 +74,8 @@ def loss_along(
 
     Raises:
         TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: h ≤ 0, positions of another shape or not finite, no batches, an iterator, or trees that differ in
-            structure or shapes.
+        ValueError: h ≤ 0, positions of another shape or not finite, an iterator, or a single batch, as batches, or
+            trees that differ in structure or shapes.
 
     Example:
         >>> line = loss_along(lambda w, x: jnp.mean(x) * w**2, 0.0, 1.0, batches=[jnp.ones(4)], positions=[0.0, 1.0])
@@ -127,8 +127,8 @@ def loss_surface(
 
     Raises:
         TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: positions of another shape or not finite, no batches, an iterator, or params without leaves of two
-            axes.
+        ValueError: positions of another shape or not finite, an iterator, or a single batch, as batches, or params
+            without leaves of two axes.
 
     Example:
         >>> loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(w**2)

@@ -56,9 +56,9 @@ def m_sharpness(
 
     Raises:
         TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: rho < 0, steps < 1 or num_micro_batches < 1; leaves of the batch that are scalars, differ in B, or
-            cannot be divided by M (and the devices that an Explicit mesh shards B over); params without leaves; in
-            ``shard_map``, params that the loss does not vary with, or that varies where they do not.
+        ValueError: rho < 0; leaves of the batch that are scalars, differ in B, or cannot be divided by M (and the
+            devices that an Explicit mesh shards B over); in ``shard_map``, params that vary over an axis and a loss
+            that does not, or the other way round.
 
     Example:
         >>> loss_fn = lambda w, x: jnp.mean((w - x) ** 2) / 2
@@ -106,7 +106,7 @@ def average_sharpness(
 
     Raises:
         TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: sigma < 0 or fewer than 2 samples; no batches, or an iterator; params without leaves.
+        ValueError: an iterator, or a single batch, as batches.
 
     Example:
         >>> loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(w**2)
