@@ -28,7 +28,7 @@ def check_state(state: Any, kind: type[Any]) -> None:
     """Raises unless state is of the kind that the ``init`` of a transformation makes."""
     if not isinstance(state, kind):
         raise TypeError(
-            f"state must be a {kind.__name__}, as init(params) makes it; got a {type(state).__name__}. Pass the state "
+            f"state must be what init(params) makes, here {kind.__name__}; got {type(state).__name__}. Pass the state "
             "of all of tx, restored with a target: without one it loses its types."
         )
 

@@ -58,25 +58,22 @@ def evaluation(
 
     ``value_and_grad_fn`` goes before ``grad_fn``, and that before the gradient of ``value_fn``.
     """
-    if value_and_grad_fn is not None:
-        function = value_and_grad_fn
-    elif grad_fn is not None:
-
-        def function(*args):
-            return None if value_fn is None else value_fn(*args), grad_fn(*args)
-
-    elif value_fn is not None:
-        function = functools.partial(loss_and_gradient, value_fn)
-    else:
+    if value_and_grad_fn is grad_fn is value_fn is None:
         raise ValueError(
             f"A link evaluates gradients, and got no grad_fn and no value_fn among {sorted(others)}. Call `tx.update("
             "grads, state, params, grad_fn=jax.grad(loss_fn), batch=batch)`; where no keyword gets through, as in "
             "Flax's TrainState.apply_gradients, use `gradient_estimator(loss_fn, link)`."
         )
+    both = value_and_grad_fn
+    if both is None and grad_fn is None:
+        both = functools.partial(loss_and_gradient, value_fn)
 
     def evaluate(*args):
         with explained(params):
-            loss, gradient = function(*args)
+            if both is not None:
+                loss, gradient = both(*args)
+            else:
+                loss, gradient = None if value_fn is None else value_fn(*args), grad_fn(*args)  # pyright: ignore[reportOptionalCall]
         if loss is not None:
             check_loss("what value_fn or value_and_grad_fn returns", loss)
             check_same_members("what value_fn or value_and_grad_fn returns", loss, gradient, params)

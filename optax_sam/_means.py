@@ -194,8 +194,8 @@ def leading_size(**trees: Any) -> int | None:
     for name, tree in trees.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
             place = name + jax.tree_util.keystr(path)
-            if not jnp.ndim(leaf):
-                raise ValueError(f"{place} must have a leading axis, to split or map over; it is a scalar.")
+            if not jnp.ndim(leaf) or not jnp.shape(leaf)[0]:
+                raise ValueError(f"{place} must have a leading axis of at least 1; its shape is {jnp.shape(leaf)}.")
             places.setdefault(jnp.shape(leaf)[0], place)
     if len(places) > 1:
         found = ", ".join(f"{size} in {place}" for size, place in places.items())

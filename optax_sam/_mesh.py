@@ -47,13 +47,16 @@ def mesh_of(stacks: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(explicit[0]) if explicit else contextlib.nullcontext()
 
 
-def mesh_of_examples(batch: Any, axes: Axes) -> AbstractMesh:
-    """The Explicit mesh over whose ``axes`` the leading axis of all leaves of the batch is sharded."""
+def mesh_of_examples(batch: Any, others: Any, axes: Axes) -> AbstractMesh:
+    """The Explicit mesh over whose ``axes`` the leading axis of the batch is sharded, and nothing else."""
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
-    if not shardings or any(axes_in(sharding.spec[:1]) != axes for sharding in shardings):
+    specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(others) if isinstance(leaf, jax.Array)]
+    rest = {axis for spec in (*specs, *(sharding.spec[1:] for sharding in shardings)) for axis in axes_in(spec)}
+    if {axes_in(sharding.spec[:1]) for sharding in shardings} != {axes} or rest & set(axes):
         raise ValueError(
-            f"axis_name={shown(axes)} is no mapped axis here, and no axis of the Explicit mesh of the batch, of "
-            f"specs {sorted({str(s.spec) for s in shardings})}. Call this under jax.shard_map, or shard the batch."
+            f"axis_name={shown(axes)} must be a mapped axis, or one of an Explicit mesh that shards the examples and "
+            f"nothing else; got a batch of {[str(sharding.spec) for sharding in shardings]}. Call this under "
+            "jax.shard_map, or shard the batch."
         )
     return shardings[0].mesh
 

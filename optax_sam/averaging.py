@@ -22,9 +22,11 @@ class AveragedState(NamedTuple):
 
     Attributes:
         link_state: the state of the link, one for all micro-batches.
+        over: the mapped axes, as keys of a dict without leaves; none for a leading axis.
     """
 
     link_state: optax.OptState
+    over: dict[str, tuple[()]]
 
 
 def micro_batched(
@@ -74,9 +76,10 @@ def micro_batched(
     """
     inner = as_link("inner", inner)
     axes = None if axis_name is None else as_axes(axis_name)
+    over = dict.fromkeys(axes or (), ())
 
     def init(params):
-        return AveragedState(inner.init(params))
+        return AveragedState(inner.init(params), over)
 
     def update(updates, state, params=None, **extra_args):
         check_state(state, AveragedState)
@@ -93,20 +96,23 @@ def micro_batched(
             check_unvarying(params, axes)
             _check_own(updates, axes)
             outputs, link_state = mean_over_axes(of_one(updates), axes)
-        return outputs, AveragedState(link_state)
+        return outputs, AveragedState(link_state, over)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def is_average(state: Any) -> bool:
-    """Whether a link with this state averages, itself or somewhere in it."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AveragedState))
-    return any(isinstance(node, AveragedState) for node in nodes)
+def averages_in(state: Any) -> frozenset[str]:
+    """What the links of a state average over: mapped axes, or a leading axis."""
+    found = frozenset[str]()
+    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, AveragedState)):
+        if isinstance(node, AveragedState):
+            found = found.union(node.over or ["a leading axis"], averages_in(node.link_state))
+    return found
 
 
 def check_no_average(name: str, state: Any) -> None:
     """Raises for a link that averages: what it gets is of one micro-batch, and what it returns is of all."""
-    if is_average(state):
+    if averages_in(state):
         raise ValueError(
             f"{name} compares what a link gets with what it returns, and this one averages. Average outside of it, "
             f"`micro_batched({name}(sam(rho)))`."

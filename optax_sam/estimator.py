@@ -43,6 +43,9 @@ from optax_sam._mesh import mesh_of_examples, on_each_device
 AscentPer = Literal["micro_batch", "device", "batch"]
 Params = TypeVar("Params")
 Value = TypeVar("Value")  # what loss_fn returns: the loss, or (loss, aux)
+LossFn = Callable[[Any], tuple[Any, Any]]  # of one micro-batch: from params alone to the loss and aux
+Evaluate = Callable[[LossFn], Any]
+EVERYTHING, LOSS_AND_GRADIENT, GRADIENT = slice(None), slice(0, 3, 2), 2  # of (loss, aux, gradient)
 
 
 class GradientEstimator(NamedTuple, Generic[Params, Value]):
@@ -202,29 +205,30 @@ class _Estimate(NamedTuple):
         positions = dict(enumerate(args, start=1))
         batch = {number: positions.pop(number) for number in self.batch_argnums if number in positions}
         arguments = _Arguments(batch, positions, kwargs)
-        if self.num_micro_batches > 1:
+        is_whole = not all(map(is_mapped, self.axes))  # of all devices, on an Explicit mesh
+        if self.num_micro_batches > 1 or is_whole:
             self._check_split(arguments)
-        if all(map(is_mapped, self.axes)):
-            return self.estimate(params, state, *arguments)
-        on_devices = on_each_device(self.estimate, mesh_of_examples(batch, self.axes), self.axes)
-        return on_devices(params, state, *arguments)
+        if is_whole:
+            mesh = mesh_of_examples(batch, (params, state, arguments.others, kwargs), self.axes)
+            return on_each_device(self.estimate, mesh, self.axes)(params, state, *arguments)
+        return self.estimate(params, state, *arguments)
 
     def estimate(self, params: Any, state: optax.OptState, *arguments: Any) -> tuple[Any, Any, Any]:
-        """The same for the part of the batch that this program sees, of one device or of all of them.
+        """The same for the part of the batch that this program sees.
 
-        ``ascent_per`` says which part of the mean over micro-batches and devices is taken before the link, for one ε,
-        and which after it, over several.
+        ``ascent_per`` says which part of the mean over micro-batches and devices is taken before the link, so that one
+        ε is for all of it, and which after.
         """
         check_unvarying(params, self.axes)
         arguments = _Arguments(*arguments)
         part = _Part(self, params, state, arguments, _weights_of(self, params, arguments))
         match self.ascent_per:
             case "micro_batch":
-                results = part.mean_over_all(part.link_on_one)
+                results = part.over_all(part.link_on_one)
             case "device":
-                results = part.mean_over_devices(part.link_on(part.mean_over_micro_batches))
+                results = part.over_devices(part.link_on(part.over_micro_batches))
             case "batch":
-                return part.link_on(part.mean_over_all)
+                return part.link_on(part.over_all)
         return part.keeping_state_of_padding(results)
 
     def _check_split(self, arguments: "_Arguments") -> None:
@@ -232,9 +236,7 @@ class _Estimate(NamedTuple):
         only = len(self.batch_argnums) == 1
         size = leading_size(**{"batch" if only else f"argument {n}": arg for n, arg in arguments.batch.items()})
         if size is None:
-            raise ValueError(
-                f"Micro-batches need a batch at batch_argnums={self.batch_argnums}, by position; got none."
-            )
+            raise ValueError(f"Micro-batches need a batch, at batch_argnums={self.batch_argnums}; got none.")
         for name, tree in (arguments.others | arguments.keywords).items():
             shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray))]
             if any(shape and shape[0] == size for shape in shapes):
@@ -245,7 +247,7 @@ class _Estimate(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What one program sees of an estimate: params, state, arguments, and the weights of micro-batches, if any."""
+    """What one program sees of an estimate, and means over it; ``weights`` are those of its micro-batches, if any."""
 
     estimate: _Estimate
     params: Any
@@ -253,7 +255,7 @@ class _Part(NamedTuple):
     arguments: _Arguments
     weights: jax.Array | None
 
-    def mean_over_micro_batches(self, evaluate: Callable[[Callable[[Any], Any]], Any]) -> Any:
+    def over_micro_batches(self, evaluate: Evaluate) -> Any:
         """The mean of ``evaluate(loss_fn)`` over the loss functions of the micro-batches, which take params alone."""
 
         def evaluate_micro_batch(index, batch):
@@ -262,57 +264,53 @@ class _Part(NamedTuple):
         size, strategy = self.estimate.num_micro_batches, self.estimate.strategy
         return mean_over_micro_batches(evaluate_micro_batch, self.arguments.batch, size, strategy, self.weights)
 
-    def mean_over_devices(self, tree: Any) -> Any:
+    def over_devices(self, tree: Any) -> Any:
         """The mean of this device's results and those of the others."""
         return mean_over_axes(tree, self.estimate.axes, None if self.weights is None else jnp.sum(self.weights))
 
-    def mean_over_all(self, evaluate: Callable[[Callable[[Any], Any]], Any]) -> Any:
+    def over_all(self, evaluate: Evaluate) -> Any:
         """The mean of ``evaluate(loss_fn)`` over the micro-batches of all devices."""
-        return self.mean_over_devices(self.mean_over_micro_batches(evaluate))
+        return self.over_devices(self.over_micro_batches(evaluate))
 
-    def link_on_one(self, loss_fn: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    def link_on_one(self, loss_fn: LossFn) -> tuple[Any, Any, Any]:
         """``link_on`` a single loss function."""
         return self.link_on(functools.partial(_evaluated_on, loss_fn))
 
-    def link_on(self, mean: Callable[[Callable[[Callable[[Any], Any]], Any]], Any]) -> tuple[Any, Any, Any]:
+    def link_on(self, mean: Callable[[Evaluate], Any]) -> tuple[Any, Any, Any]:
         """Value, gradient and state of the link, with one ε for all the loss functions that ``mean`` runs over."""
 
         def grad_fn(point):
-            return mean(functools.partial(self._gradient, point))
+            return mean(functools.partial(self._evaluated, point, GRADIENT))
 
         def value_and_grad_fn(point):
-            return mean(functools.partial(self._loss_and_gradient, point))
+            return mean(functools.partial(self._evaluated, point, LOSS_AND_GRADIENT))
 
-        loss, aux, clean = mean(functools.partial(self._loss_aux_and_gradient, self.params))
+        loss, aux, clean = mean(functools.partial(self._evaluated, self.params, EVERYTHING))
         check_same_members("what loss_fn returns", loss, clean, self.params)
         keywords = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
         outputs, state = self.estimate.link.update(clean, self.state, self.params, **keywords)
         return (loss, aux) if self.estimate.has_aux else loss, conjugated(outputs), state
 
-    def _loss_aux_and_gradient(self, point: Any, loss_fn: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
-        # At a point that is marked as a member's own, shard_map leaves the gradient a member's own too.
+    def _evaluated(self, point: Any, chosen: int | slice, loss_fn: LossFn) -> Any:
+        """Of loss, aux and gradient at a point those that are chosen: the others need no average."""
+        # Where the point is marked as a member's own, shard_map leaves the gradient a member's own too.
         (loss, aux), gradient = loss_and_gradient(loss_fn, self._own(point), has_aux=True)
-        return loss, aux, gradient
-
-    def _loss_and_gradient(self, point: Any, loss_fn: Callable[[Any], Any]) -> tuple[Any, Any]:
-        loss, _, gradient = self._loss_aux_and_gradient(point, loss_fn)
-        return loss, gradient
-
-    def _gradient(self, point: Any, loss_fn: Callable[[Any], Any]) -> Any:
-        return self._loss_aux_and_gradient(point, loss_fn)[2]
+        return (loss, aux, gradient)[chosen]
 
     def _own(self, tree: Any) -> Any:
         """The tree, marked as varying over the axes."""
         axes = self.estimate.axes
         return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), tree) if axes else tree
 
-    def _loss_of(self, index: Any, batch: dict[int, Any]) -> Callable[[Any], tuple[Any, Any]]:
+    def _loss_of(self, index: Any, batch: dict[int, Any]) -> LossFn:
         """From params to loss and aux of a micro-batch, which has its own keys, the same in every pass."""
         estimate = self.estimate
         args, kwargs = _fold_keys(self.arguments.with_batch(batch), self._number(index))
 
         def loss_of_micro_batch(params):
-            loss, aux = _loss_and_aux(estimate, params, args, kwargs)
+            with explained(params):
+                value = estimate.loss_fn(params, *args, **kwargs)
+            loss, aux = _loss_and_aux(value, estimate.has_aux)
             return self._own(loss), aux  # marked too: of a loss that is averaged already, a part would be missing
 
         return loss_of_micro_batch
@@ -337,16 +335,14 @@ class _Part(NamedTuple):
         return value, gradient, kept
 
 
-def _evaluated_on(loss_fn: Callable[[Any], Any], evaluate: Callable[[Callable[[Any], Any]], Any]) -> Any:
+def _evaluated_on(loss_fn: LossFn, evaluate: Evaluate) -> Any:
     """The mean over one loss function."""
     return evaluate(loss_fn)
 
 
-def _loss_and_aux(estimate: _Estimate, params: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """What loss_fn returns, refused unless that is the loss, or the loss and aux."""
-    with explained(params):
-        value = estimate.loss_fn(params, *args, **kwargs)
-    if not estimate.has_aux:
+def _loss_and_aux(value: Any, has_aux: bool) -> tuple[Any, Any]:
+    """The loss and aux, or None, in what loss_fn returned; raises if that is something else."""
+    if not has_aux:
         check_loss("what loss_fn returns", value)
         return value, None
     if not isinstance(value, (tuple, list)) or len(value) != 2:  # an array of two losses would come apart

@@ -243,8 +243,7 @@ def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.Gr
         return ascent
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
         raise TypeError(
-            f"mask must be a tree of booleans or a function to one; got {mask!r}, as optax.inject_hyperparams makes of "
-            "a function. Pass static_args='mask' there."
+            f"mask is {mask!r}, as optax.inject_hyperparams makes of a function. Pass static_args='mask' there."
         )
 
     def keep(updates, params):

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from optax_sam._axes import differs_between_members, vary, varying_axes
 from optax_sam._checks import as_link, check_int, check_state, if_injected, is_float
 from optax_sam._convolution import canonicalized
-from optax_sam.averaging import is_average
+from optax_sam.averaging import averages_in
 
 
 class SwitchState(NamedTuple):
@@ -201,10 +201,11 @@ def _index_at(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.A
 
 
 def _check_averages(names: Sequence[str], states: Sequence[optax.OptState]) -> None:
-    """Raises if some links average over micro-batches and others do not: what follows would get either."""
-    average = [is_average(state) for state in states]
-    if len(set(average)) > 1:
-        raise ValueError(
-            f"Of a switch, {names[average.index(True)]} averages over micro-batches and {names[average.index(False)]} "
-            "does not. Average around it, `micro_batched(switch_at({...}))`, or in every link."
-        )
+    """Raises if links average over different things: what follows would get the one or the other."""
+    averages = [sorted(averages_in(state)) for state in states]
+    for name, average in zip(names, averages, strict=True):
+        if average != averages[0]:
+            raise ValueError(
+                f"Of a switch, {name} averages over {average or 'nothing'}, {names[0]} over "
+                f"{averages[0] or 'nothing'}. Average around it, `micro_batched(switch_at({{...}}))`, or in every link."
+            )

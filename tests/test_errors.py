@@ -195,19 +195,20 @@ NOT_PARAMS = [
 NOT_FINITE = [({"w": jnp.full((3, 2), value)}, ValueError, "nan or inf", "is not finite at") for value in (NAN, INF)]
 A_LIST, ONE_BATCH = "must be a list of batches", ({"x": EIGHT}, jnp.ones((2, 3)), (EIGHT, EIGHT), (np.ones(8), None))
 NOT_BATCHES = [
-    (value, ValueError, f"got a {type(value).__name__}", A_LIST) for value in (None, 3, iter(ONE), *ONE_BATCH)
+    (value, ValueError, f"got a {type(value).__name__}", A_LIST) for value in (None, 3, [], iter(ONE), *ONE_BATCH)
 ]
 SCALARS = [
-    (1.0, ValueError, "it is a scalar", "must have a leading axis"),
+    (1.0, ValueError, "its shape is ()", "must have a leading axis of at least 1"),
+    (jnp.ones((0, 3)), ValueError, "its shape is (0, 3)", "must have a leading axis of at least 1"),
     ({"x": EIGHT, "scale": jnp.ones([])}, ValueError, "['scale']", "must have a leading axis"),
 ]
 NOT_A_BATCH = [*SCALARS, ({"x": EIGHT, "z": FOUR}, ValueError, "4 in ", "must agree in their leading axis")]
 NOT_SPLIT = NOT_A_BATCH + [
-    (empty, ValueError, "got none", "need a batch at batch_argnums=(1,), by position") for empty in (None, {}, ())
+    (empty, ValueError, "got none", "need a batch, at batch_argnums=(1,)") for empty in (None, {}, ())
 ]
 LATE, TWICE, TWO = optax_sam.late(SAM, 1), measured(measured(SAM)), optax.chain(measured(SAM), measured(SAM))
 NOT_STATES = [
-    (state, TypeError, f"got a {type(state).__name__}", "Pass the state of all of tx")
+    (state, TypeError, f"got {type(state).__name__}", "Pass the state of all of tx")
     for state in (None, (), SAM.init(WEIGHTS)[:], {"link_state": ()})
 ]
 OTHER_SWITCH = optax_sam.switch_at({0: SAM, 1: SAM, 2: SAM}).init(WEIGHTS)
@@ -338,6 +339,7 @@ TABLE = [
     *rows("hessian_eigenvalues", "num_smallest", these(ValueError, "of 6 params", 3, got="= 7"), k=4),
     *rows("hessian_eigenvalues", "k", these(ValueError, "max_products=1", 2, got="= 2"), max_products=1),
     *rows("m_sharpness", "rho", BAD_RADIUS),
+    *integers("m_sharpness", "steps", 1),
     *rows("loss_along", "h", NOT_POSITIVE + NOT_REAL[:1]),
     *rows("loss_along loss_surface", "positions", NOT_POSITIONS),
     *rows("spectral_density", "positions", NOT_POSITIONS[:1], lambda _, positions: DENSITY.smoothed(positions, 1.0)),
@@ -352,7 +354,7 @@ UNCHECKED = {
     "spectral_density": {"num_probes", "num_products"},
     "hessian_trace": {"num_probes"},
     "average_sharpness": {"sigma", "num_samples"},
-    "m_sharpness": {"num_micro_batches", "steps"},
+    "m_sharpness": {"num_micro_batches"},
     "norm": {"shards"},
     "vdot": {"shards"},
 }

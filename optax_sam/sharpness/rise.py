@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._axes import check_same_members, check_unvarying, varying_axes
-from optax_sam._checks import check_nonnegative
+from optax_sam._checks import check_int, check_nonnegative
 from optax_sam._convolution import canonicalized
 from optax_sam._means import leading_size, mean_over_micro_batches
 from optax_sam.ascent import normalized_ascent
@@ -72,6 +72,7 @@ def m_sharpness(
     """
     params = as_real("params", params)
     check_nonnegative("rho", rho)
+    check_int("steps", steps)
     if num_micro_batches > 1:
         leading_size(batch=batch)  # leaves of several sizes may all be divisible
     return _worst_rise(loss_fn, num_micro_batches, steps)(params, rho, batch)

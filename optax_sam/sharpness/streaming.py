@@ -12,7 +12,7 @@ changes through params or batch. The loss is a scalar of float32 or wider. Narro
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -47,9 +47,10 @@ def as_real(name: str, params: Any) -> Any:
 
 def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Each batch after the number of its examples; a batch without arrays counts as one example."""
-    if isinstance(batches, Iterator) or not isinstance(batches, Iterable) or _is_one_batch(batches):
+    is_empty = isinstance(batches, Sized) and not isinstance(batches, jax.Array | np.ndarray) and not len(batches)
+    if is_empty or isinstance(batches, Iterator) or not isinstance(batches, Iterable) or _is_one_batch(batches):
         raise ValueError(
-            f"batches must be a list of batches, or another collection to be gone through again; got a "
+            f"batches must be a list of batches, not empty, or another collection to be gone through again; got a "
             f"{type(batches).__name__}. A single batch goes into a list, [batch]; a stack becomes one, list(stack)."
         )
     for batch in batches:
