@@ -163,7 +163,9 @@ def test_value_fn_with_each_members_own_loss_is_right(run):
 @every_map
 def test_switch_between_an_average_and_none_is_refused(run):
     link = optax_sam.late(optax_sam.msam(RHO, "data"), 1)
-    with pytest.raises(ValueError, match=r"phase from step 1 averages over micro-batches and .* 0 does not"):
+    with pytest.raises(
+        ValueError, match=r"phase from step 1 averages over \['data'\], the phase from step 0 over nothing"
+    ):
         run(own_gradient(link), PARAMS, link.init(PARAMS))
 
 
@@ -177,11 +179,18 @@ def test_switch_between_averages_is_right(run):
     assert_close((first, second), (on_one_device(plain, 1)[1], on_one_device(references.sam, DEVICES)[1]))
 
 
+def test_switch_between_averages_over_different_axes_is_refused():
+    both = {0: optax_sam.micro_batched(optax.identity(), "data"), 1: optax_sam.msam(RHO, ("data", "model"))}
+    link = optax.chain(optax_sam.switch_at(both), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"averages over \['data', 'model'\], the phase from step 0 over \['data'\]"):
+        link.update(PARAMS, link.init(PARAMS), PARAMS)
+
+
 @every_map
 @pytest.mark.parametrize("inner", [optax_sam.msam(RHO, "data"), optax_sam.late(optax_sam.msam(RHO, "data"), 0)])
 def test_renormalization_around_an_average_is_refused(run, inner):
     link = optax_sam.renormalized(inner)
-    with pytest.raises(ValueError, match=r"this one averages|does not. Average around it"):
+    with pytest.raises(ValueError, match=r"this one averages|Average around it"):
         run(own_gradient(link), PARAMS, link.init(PARAMS))
 
 
@@ -251,8 +260,19 @@ def test_batch_on_an_explicit_mesh_that_does_not_divide_is_refused_with_all_thre
 @every_map
 def test_axis_that_is_not_mapped_is_named(run):
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), axis_name="model")
-    with pytest.raises(ValueError, match="axis_name='model' is no mapped axis here"):
+    with pytest.raises(ValueError, match="axis_name='model' must be a mapped axis"):
         run(function, PARAMS)
+
+
+def test_what_the_map_of_an_explicit_mesh_would_get_wrong_is_refused():
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("data")))
+    function = optax_sam.value_and_grad(lambda w, x, *y: jnp.mean(x) * jnp.sum(w), optax_sam.sam(RHO), axis_name="data")
+    for labels in (np.arange(8.0), jnp.arange(8.0), x):  # each device would see those of all, or a part unasked
+        with pytest.raises(ValueError, match="as long as the batch, 8, and is not split"):
+            function(jnp.ones(8), x, labels)
+    with pytest.raises(ValueError, match="shards the examples and nothing else"):
+        function(x, x)
 
 
 @pytest.mark.parametrize("reason", ["out_sharding", "closure"])

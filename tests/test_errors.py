@@ -310,7 +310,7 @@ TABLE = [
     *rows("value_and_grad", "link", these(ValueError, "Use `gradient_estimator", LATE, got="SwitchState"), evaluate),
     *rows("value_and_grad", "loss_fn", returning(NOT_LOSSES + NO_LOSS), evaluate),
     *rows("value_and_grad", "loss_fn", returning(NOT_AUX), evaluate, has_aux=True),
-    *rows("value_and_grad", "batch", [(value, *row) for value, *row in NOT_SPLIT if value != ()], evaluate_split),
+    *rows("value_and_grad", "batch", NOT_SPLIT, evaluate_split),
     *rows("value_and_grad", "params", NOT_ONLY_PARAMS, evaluate),
     # Measurement
     *rows("measured", "value", NOT_LOSSES, update),

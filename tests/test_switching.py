@@ -200,7 +200,7 @@ def test_without_jit_phases_that_differ_are_refused_before_they_begin():
     keywords = {"grad_fn": lambda w, x: w, "batch": batch}
     averages = optax_sam.late(optax_sam.msam(0.1), 5)
     with pytest.raises(
-        ValueError, match="the phase from step 5 averages over .*'a leading axis'.*the phase from step 0 over nothing"
+        ValueError, match=r"the phase from step 5 averages over .*'a leading axis'.*the phase from step 0 over nothing"
     ):
         averages.update(stacks, averages.init(params), params, **keywords)
     halves = optax_sam.late(optax.stateless(lambda g, _: g.astype(jnp.float16)), 5)
