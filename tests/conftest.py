@@ -7,7 +7,7 @@ import jaxlib
 # XLA takes most of the suite's time. Set XLA_FLAGS to something else, or to nothing, for programs as users get them.
 hurry = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if jaxlib.version.__version_info__ < (0, 12):
-    hurry += ["--xla_cpu_use_fusion_emitters=false"]
+    hurry += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(hurry))
 
 import hypothesis  # noqa: E402
