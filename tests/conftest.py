@@ -1,5 +1,6 @@
 """The suite runs on eight CPU devices, compiles in a hurry, and draws the same random inputs every time."""
 
+import gc
 import os
 
 import jaxlib
@@ -20,6 +21,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # of what is imported by now, nothing will ever be garbage
 
 
 @pytest.fixture
