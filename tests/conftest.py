@@ -1,5 +1,6 @@
 """The suite runs on eight CPU devices, compiles in a hurry, and draws the same random inputs every time."""
 
+import gc
 import os
 
 import jaxlib
@@ -7,7 +8,7 @@ import jaxlib
 # XLA takes most of the suite's time. Set XLA_FLAGS to something else, or to nothing, for programs as users get them.
 hurry = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if jaxlib.version.__version_info__ < (0, 12):
-    hurry += ["--xla_cpu_use_fusion_emitters=false"]
+    hurry += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(hurry))
 
 import hypothesis  # noqa: E402
@@ -20,6 +21,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # of what is imported by now, nothing will ever be garbage
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.helpers.problems import assert_close, mlp_batch, mlp_loss, mlp_params
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
 SAM, GRAD_FN = optax_sam.sam(0.1), jax.grad(mlp_loss)
-GRADS = GRAD_FN(PARAMS, BATCH)
+GRADS = jax.jit(GRAD_FN)(PARAMS, BATCH)
 
 
 def matrices(params):

@@ -124,18 +124,27 @@ def test_three_steps_on_a_quartic(name):
     ids=["normalized", "unnormalized", "adaptive"],
 )
 def test_perturbation_and_sam_gradient_on_a_quartic(ascent, perturbation, gradient, ratio):
-    params, grad_fn = quartic_start(), jax.grad(quartic_loss)
-    grads = grad_fn(params)
-    assert float(quartic_loss(params)) == 9.765625
+    link, grad_fn = optax_sam.sharpness_aware(ascent), jax.grad(quartic_loss)
+
+    @jax.jit
+    def run(params):
+        grads = grad_fn(params)
+        results = [
+            quartic_loss(params),
+            grads,
+            optax_sam.norm(grads),
+            ascent.update(grads, ascent.init(params), params)[0],
+        ]
+        for one in (link, optax_sam.renormalized(link)):
+            results.append(one.update(grads, one.init(params), params, grad_fn=grad_fn)[0])
+        return results
+
+    loss, grads, length, epsilon, s, renormalized = run(quartic_start())
+    assert float(loss) == 9.765625
     np.testing.assert_allclose(flat(grads), (2.5, -11.75, -1.125))
-    np.testing.assert_allclose(float(optax_sam.norm(grads)), 12.065576032664168, rtol=1e-15)
-    epsilon, _ = ascent.update(grads, ascent.init(params), params)
+    np.testing.assert_allclose(float(length), 12.065576032664168, rtol=1e-15)
     np.testing.assert_allclose(flat(epsilon), perturbation, atol=1e-10)
-    link = optax_sam.sharpness_aware(ascent)
-    s, _ = link.update(grads, link.init(params), params, grad_fn=grad_fn)
     np.testing.assert_allclose(flat(s), gradient, atol=1e-10)
-    stable = optax_sam.renormalized(link)
-    renormalized, _ = stable.update(grads, stable.init(params), params, grad_fn=grad_fn)
     np.testing.assert_allclose(flat(renormalized), ratio * flat(s), rtol=1e-12)
 
 
@@ -166,7 +175,7 @@ def test_msam_by_the_estimator(size, strategy):
     np.testing.assert_allclose([*grads["w"], grads["b"]], EXAMPLES_PER_MICRO_BATCH[size], atol=1e-12)
 
 
-@pytest.mark.parametrize("size", EXAMPLES_PER_MICRO_BATCH)
+@pytest.mark.parametrize("size", [3, 1])
 def test_msam_in_a_chain(size):
     loss_fn, params, batch = tanh_problem()
     grad_fn, link = jax.grad(loss_fn), optax_sam.msam(0.1)

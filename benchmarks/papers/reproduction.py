@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
+import scipy.special
 from matplotlib.figure import Figure
 
 from benchmarks import timing
@@ -56,7 +56,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % t-interval of the mean; of a single value, everything."""
     if len(values) < 2 or not np.all(np.isfinite(values)):
         return -math.inf, math.inf
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = scipy.special.stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(len(values))
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 

@@ -56,8 +56,8 @@ def quadratic(spectrum):
 
 
 def diagonal_loss(params, batch):
-    """Its Hessian is diag(1, …, 32)."""
-    return jnp.mean(batch) * jnp.sum(jnp.arange(1.0, 33).reshape(16, 2) * params["w"] ** 2) / 2
+    """Its Hessian is diag(1, 2, 3, 4, 1, 2, …), of size 32."""
+    return jnp.mean(batch) * jnp.sum(jnp.tile(jnp.arange(1.0, 5).reshape(2, 2), (8, 1)) * params["w"] ** 2) / 2
 
 
 def assert_near_eigenvalues(found, spectrum):
@@ -201,7 +201,7 @@ def test_spectral_density_agrees_with_matfree():
 
 def test_spectral_density_has_the_moments_of_the_spectrum():
     spectrum = np.concatenate([np.linspace(-1, 1, 58), [8.0, 10.0]])
-    density = optax_sam.spectral_density(*quadratic(spectrum), num_probes=20, num_products=30)
+    density = optax_sam.spectral_density(*quadratic(spectrum), num_probes=20, num_products=15)
     np.testing.assert_allclose(np.sum(density.weights, axis=1), 1, rtol=1e-5)
     for power in (1, 2):
         moments = np.sum(density.weights * density.nodes**power, axis=1)
@@ -315,7 +315,7 @@ def test_none_and_scalar_and_empty_leaves():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_vectors_and_their_basis_stay_sharded(kind):
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(kind,))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,), devices=jax.devices()[:2])
     sharding = NamedSharding(mesh, PartitionSpec("model"))
     params = jax.device_put({"w": jnp.ones((16, 2))}, sharding)
     seen = []
@@ -329,22 +329,22 @@ def test_vectors_and_their_basis_stay_sharded(kind):
     assert start["w"].sharding == sharding
     if kind == AxisType.Auto:
         list(projections(product, start, BLOCK + 1))
-        assert set(seen[:-3]) == {sharding, (BLOCK, 2, 2)}
+        assert set(seen[:-3]) == {sharding, (BLOCK, 8, 2)}
     with jax.set_mesh(mesh):
         batches = [jax.device_put(jnp.ones(8), sharding)]
         found = optax_sam.hessian_eigenvalues(diagonal_loss, params, batches, num_smallest=1, rtol=1e-5)
         trace = optax_sam.hessian_trace(diagonal_loss, params, batches, num_probes=2)
-    np.testing.assert_allclose(found.values, [32, 1], rtol=1e-4)
-    assert trace.mean == pytest.approx(32 * 33 / 2)
+    np.testing.assert_allclose(found.values, [4, 1], rtol=1e-4)
+    assert trace.mean == pytest.approx(8 * (1 + 2 + 3 + 4))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_batches_on_a_mesh(kind):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
     batches = [jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("data")))] * 2
     params = {"w": jnp.ones((16, 2))}
     found = optax_sam.hessian_eigenvalues(diagonal_loss, params, batches, num_smallest=1)
-    np.testing.assert_allclose(found.values, [32, 1], rtol=1e-4)
+    np.testing.assert_allclose(found.values, [4, 1], rtol=1e-4)
     constant = optax_sam.hessian_eigenvalues(lambda w, x: jnp.mean(x) * jnp.sum(w["w"] ** 2), params, batches)
     np.testing.assert_allclose(constant.values, [2], rtol=1e-4)  # the basis goes on in random directions
 

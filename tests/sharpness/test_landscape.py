@@ -129,18 +129,22 @@ def cosines(params, x):
     return jnp.mean(x) * jnp.sum(jnp.cos(params["w"])) + jnp.sum(params["b"])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_params_give_the_same(kind):
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(kind,))
+MODEL = PartitionSpec("model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [(AxisType.Auto, MODEL), (AxisType.Explicit, MODEL), (AxisType.Explicit, PartitionSpec(None, "model"))],
+)
+def test_sharded_params_give_the_same(kind, spec):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,), devices=jax.devices()[:2])
     params = {"w": jnp.linspace(0, 1, 128).reshape(16, 8), "b": jnp.ones(8)}
     line = lambda w, batches: optax_sam.loss_along(cosines, w, jax.tree.map(jnp.zeros_like, w), batches, [0, 1])  # noqa: E731
     surface = functools.partial(optax_sam.loss_surface, cosines, positions=[-1.0, 0.5])
-    expected = line(params, ONE).losses, surface(params, batches=ONE).losses
-    for spec in (PartitionSpec("model"), PartitionSpec(None, "model")):
+    with jax.set_mesh(mesh):
         shardings = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, PartitionSpec())}
-        with jax.set_mesh(mesh):
-            sharded = jax.device_put(params, shardings)
-            batches = [jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("model")))]
-            lines, surfaces = line(sharded, batches), surface(sharded, batches=batches)
-        np.testing.assert_allclose(lines.losses, expected[0], rtol=1e-5)
-        np.testing.assert_allclose(surfaces.losses, expected[1], rtol=1e-5)
+        sharded = jax.device_put(params, shardings)
+        batches = [jax.device_put(jnp.ones(8), NamedSharding(mesh, MODEL))]
+        lines, surfaces = line(sharded, batches), surface(sharded, batches=batches)
+    np.testing.assert_allclose(lines.losses, line(params, ONE).losses, rtol=1e-5)
+    np.testing.assert_allclose(surfaces.losses, surface(params, batches=ONE).losses, rtol=1e-5)
