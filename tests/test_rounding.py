@@ -37,8 +37,17 @@ def test_sums_are_one_of_both_neighbours_and_right_on_average(dtype):
     assert np.all((result == below) | (result == above))
     apart = above > below
     assert np.mean(apart) > 0.5  # of float16, every subnormal step that rounds to zero is none
-    error = (result - exact)[apart] / (above - below)[apart]
-    assert abs(np.mean(error)) < 4 * np.std(error) / np.sqrt(np.sum(apart))
+    error, part = (x[apart] / (above - below)[apart] for x in (result - exact, exact - below))
+    for quarter in range(4):  # of the way up, or rounding to nearest would be right on average too
+        errors = error[np.floor(4 * part) == quarter]
+        assert abs(np.mean(errors)) < 4 * np.std(errors) / np.sqrt(len(errors))
+
+
+def test_tiny_bfloat16_numbers_are_rounded_as_finely_as_float32_can_space_them():
+    rng = np.random.default_rng(0)
+    param, step = (jnp.asarray(rng.uniform(2**-124, 2**-120, 1000), jnp.bfloat16) for _ in range(2))
+    exact = np.asarray(param, np.float64) + np.asarray(step, np.float64)
+    assert np.max(np.abs(np.asarray(rounded_sum(param, step), np.float64) - exact)) <= 2**-126
 
 
 @NARROW
