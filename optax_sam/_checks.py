@@ -79,13 +79,12 @@ def check_params(name: str, params: Any, kind: type[np.inexact] = np.inexact) ->
     """Raises unless all leaves are floating-point arrays that a small step can move."""
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not jnp.issubdtype(dtype, kind):
+        # Of fewer bits not even stochastic rounding moves them: ε is far below their spacing.
+        if not jnp.issubdtype(dtype, kind) or jnp.finfo(dtype).bits < 16:
             raise TypeError(
-                f"{name} must have {'real ' if kind is np.floating else ''}floating-point leaves; got {dtype} at "
-                f"{_place(path)}. Use eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)."
+                f"{name} must have {'real ' * (kind is np.floating)}floating-point leaves of 16 bits or more; got {dtype} "
+                f"at {_place(path)}. Use eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)."
             )
-        if jnp.finfo(dtype).bits < 16:  # not even stochastic rounding moves them: ε is far below their spacing
-            raise TypeError(f"{name} must have leaves of 16 bits or more; got {dtype}. Cast to it in the loss.")
 
 
 def check_alike(name: str, tree: Any, other_name: str, other: Any, cure: str = "") -> None:

@@ -50,15 +50,19 @@ def mesh_of(stacks: Any) -> contextlib.AbstractContextManager[Any]:
 def mesh_of_examples(batch: Any, others: Any, axes: Axes) -> AbstractMesh:
     """The Explicit mesh over whose ``axes`` the leading axis of the batch is sharded, and nothing else."""
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]
-    specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(others) if isinstance(leaf, jax.Array)]
-    rest = {axis for spec in (*specs, *(sharding.spec[1:] for sharding in shardings)) for axis in axes_in(spec)}
-    if {axes_in(sharding.spec[:1]) for sharding in shardings} != {axes} or rest & set(axes):
+    elsewhere = _axes_of_arrays(others).union(*(axes_in(sharding.spec[1:]) for sharding in shardings))
+    if {axes_in(sharding.spec[:1]) for sharding in shardings} != {axes} or elsewhere & set(axes):
         raise ValueError(
             f"axis_name={shown(axes)} must be a mapped axis, or one of an Explicit mesh that shards the examples and "
             f"nothing else; got a batch of {[str(sharding.spec) for sharding in shardings]}. Call this under "
             "jax.shard_map, or shard the batch."
         )
     return shardings[0].mesh
+
+
+def _axes_of_arrays(tree: Any) -> set[str]:
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return {axis for array in arrays for axis in axes_in(jax.typeof(array).sharding.spec)}
 
 
 def on_each_device(function: Callable[..., Any], mesh: AbstractMesh, axes: Axes) -> Callable[..., Any]:
