@@ -81,9 +81,10 @@ def check_params(name: str, params: Any, kind: type[np.inexact] = np.inexact) ->
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         # Of fewer bits not even stochastic rounding moves them: ε is far below their spacing.
         if not jnp.issubdtype(dtype, kind) or jnp.finfo(dtype).bits < 16:
+            real = "real " if kind is np.floating else ""
             raise TypeError(
-                f"{name} must have {'real ' * (kind is np.floating)}floating-point leaves of 16 bits or more; got {dtype} "
-                f"at {_place(path)}. Use eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)."
+                f"{name} must have {real}floating-point leaves of 16 bits or more; got {dtype} at {_place(path)}. Use "
+                "eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)."
             )
 
 
