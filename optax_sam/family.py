@@ -242,9 +242,7 @@ def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.Gr
     if mask is None:
         return ascent
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
-        raise TypeError(
-            f"mask is {mask!r}, as optax.inject_hyperparams makes of a function. Pass static_args='mask' there."
-        )
+        raise TypeError(f"mask is {mask!r}, as inject_hyperparams makes of a function. Pass static_args='mask' there.")
 
     def keep(updates, params):
         return jax.tree.map(lambda chosen, g: _kept(chosen, jnp.asarray(g)), spread_mask(mask, params), updates)

@@ -53,7 +53,7 @@ def test_masks_under_inject_hyperparams(recipe, jit):
     injected = optax.inject_hyperparams(recipe)
     for mask in (matrices, lambda params: jax.tree.map(lambda w: True, params)):
         with pytest.raises(
-            TypeError, match=r"as optax.inject_hyperparams makes of a function. Pass static_args='mask' there"
+            TypeError, match=r"as inject_hyperparams makes of a function. Pass static_args='mask' there"
         ):
             jit(lambda mask=mask: update(injected(rho=0.1, mask=mask)))()
     static = optax.inject_hyperparams(recipe, static_args="mask")
