@@ -393,7 +393,7 @@ def grouped(what: str, wrap: Wrap) -> Outcome:
     except TypeError as error:
         return raised(what, error)
     except ValueError as error:
-        return raised(what, error, is_right="Put the link before them" in str(error))
+        return raised(what, error, is_right="put the link in front" in str(error))
     hessian = np.array([[2.0, 1.0], [1.0, 3.0]])
     formula = -np.array([1.0, 0.5]) * sam_gradient(np.ones(2), RHO, lambda w: hessian @ w)
     return compared(what, [updates["a"], updates["b"]], formula)
@@ -428,8 +428,8 @@ def tupled(make: Make) -> Outcome:
             updates, _ = tx.update(
                 gradient(params), tx.init(params), params, grad_fn=lambda point, *_, function=function: function(point)
             )
-        except TypeError as error:
-            outcomes.append(raised(name, error, is_right="is a tuple" in str(error)))
+        except (TypeError, ValueError) as error:
+            outcomes.append(raised(name, error, is_right="Take the gradient alone" in str(error)))
             continue
         if isinstance(updates, tuple):
             outcomes.append(Outcome(False, f"{name}: the update is a tuple of {len(updates)}"))

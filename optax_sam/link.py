@@ -135,8 +135,8 @@ def _check_whole(params: Any) -> None:
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(
-            "The params hold optax.MaskedNode, so they are not all. Put the link in front of optax.masked and "
-            "optax.partition; it has a `mask` of its own."
+            "The params contain optax.MaskedNode: put the link in front of optax.masked or optax.partition: inside "
+            "no loss can be evaluated. To perturb some leaves alone it has a `mask` of its own."
         )
 
 

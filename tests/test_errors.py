@@ -262,7 +262,7 @@ TABLE = [
     *rows("sam", "grad_fn", these(ValueError, "jax.grad(loss_fn)", None, got="no grad_fn"), update, value_fn=None),
     *rows("sam", "gradfn", these(ValueError, "TrainState", GRAD, got="among ['gradfn']"), misspelt),
     *[
-        Row("sam", "params", ValueError, ("MaskedNode", "Put the link in front"), lambda tx=tx: tx, update)
+        Row("sam", "params", ValueError, ("MaskedNode", "put the link in front"), lambda tx=tx: tx, update)
         for tx in (optax.masked(SAM, {"w": False}), optax.partition({"on": SAM, "off": IDENTITY}, {"w": "off"}))
     ],
     *rows("sam late", "state", NOT_STATES, update),

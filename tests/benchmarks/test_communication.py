@@ -47,17 +47,23 @@ def test_every_method_has_an_expectation():
     assert set(EXPECTED) == set(METHODS)
 
 
-@pytest.mark.parametrize(("axis_type", "strategy"), [(AxisType.Auto, "vmap"), (AxisType.Explicit, "auto")])
 @pytest.mark.parametrize(
-    ("num_micro_batches", "ascent_per", "reductions"),
-    [(1, "batch", 2), (DEVICES, "micro_batch", 1), (2 * DEVICES, "micro_batch", 1), (2 * DEVICES, "batch", 2)],
+    ("axis_type", "options", "reductions"),
+    [
+        (AxisType.Auto, {"ascent_per": "batch"}, 2),
+        (AxisType.Auto, {"num_micro_batches": DEVICES, "strategy": "vmap"}, 1),
+        (AxisType.Auto, {"num_micro_batches": 2 * DEVICES, "strategy": "vmap"}, 1),
+        (AxisType.Auto, {"num_micro_batches": 2 * DEVICES, "strategy": "vmap", "ascent_per": "batch"}, 2),
+        (AxisType.Explicit, {"ascent_per": "batch"}, 2),
+        (AxisType.Explicit, {"axis_name": "data"}, 1),
+        (AxisType.Explicit, {"axis_name": "data", "num_micro_batches": 2}, 1),
+        (AxisType.Explicit, {"axis_name": "data", "num_micro_batches": 2, "ascent_per": "batch"}, 2),
+    ],
 )
-def test_reductions_under_jit(axis_type, strategy, num_micro_batches, ascent_per, reductions):
+def test_reductions_under_jit(axis_type, options, reductions):
     """Synchronized SAM, and mSAM with whole micro-batches on each device, on a batch that is sharded."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
-    function = optax_sam.value_and_grad(
-        mlp_loss, optax_sam.sam(0.1), num_micro_batches=num_micro_batches, strategy=strategy, ascent_per=ascent_per
-    )
+    function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(0.1), **options)
     with jax.set_mesh(mesh):
         params = jax.device_put(mlp_params(), NamedSharding(mesh, PartitionSpec()))
         batch = jax.device_put(mlp_batch(size=4 * DEVICES), NamedSharding(mesh, PartitionSpec("data")))
