@@ -136,6 +136,6 @@ def _check_stacked(updates: Any, batch: Any, params: Any, keywords: Any) -> None
             "of micro-batches; the estimator splits the batch itself, and wants sam(rho) in place of msam(rho)."
         )
     leading_size(updates=updates, batch=batch)
-    if params is not None and jax.tree.structure(updates) == jax.tree.structure(params):
+    if params is not None:
         one = jax.tree.map(lambda x: np.broadcast_to(0, jnp.shape(x)[1:]), updates)
         check_alike("updates, behind their leading axis of micro-batches,", one, "params", params)

@@ -241,7 +241,7 @@ def test_params_that_were_marked_as_varying_are_refused():
 @every_map
 def test_batch_that_does_not_divide_is_refused_with_both_numbers(run):
     function = optax_sam.value_and_grad(mlp_loss, optax_sam.sam(RHO), num_micro_batches=3, axis_name="data")
-    with pytest.raises(ValueError, match="batch_size=4 must be divisible by num_micro_batches=3"):
+    with pytest.raises(ValueError, match=r"batch_size=4 must be divisible by num_micro_batches=3\."):
         run(function, PARAMS)
 
 

@@ -187,6 +187,18 @@ def test_key_of_a_whole_batch_is_unchanged():
     assert_identical(ours, jax.value_and_grad(loss_fn)(*arguments))
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
+def test_keys_are_those_of_their_number_over_all_members(num_micro_batches):
+    loss_fn = lambda w, batch, key: jnp.sum(w * batch) * jax.random.uniform(key)  # noqa: E731
+    function = optax_sam.value_and_grad(
+        loss_fn, optax.identity(), num_micro_batches=num_micro_batches, axis_name="data"
+    )
+    key, batch = jax.random.key(7), jnp.ones((2, 4))
+    _, gradient = jax.vmap(function, in_axes=(None, 0, None), axis_name="data")(jnp.ones([]), batch, key)
+    drawn = [jax.random.uniform(jax.random.fold_in(key, number)) for number in range(2 * num_micro_batches)]
+    np.testing.assert_allclose(gradient, np.mean(drawn) * 4 / num_micro_batches, rtol=1e-6)
+
+
 @every_strategy
 def test_batches_of_keys_and_numpy_arrays_are_split(strategy):
     loss_fn = lambda w, batch: w * jnp.mean(jax.vmap(jax.random.uniform)(batch["keys"]) * batch["x"])  # noqa: E731

@@ -62,6 +62,12 @@ def bowl(w, x):
     return jnp.mean(((w[None] - x) ** 2) @ jnp.array([1.0, 4.0]))
 
 
+def test_a_whole_batch_may_hold_scalars():
+    loss_fn = lambda w, batch: batch["scale"] * jnp.sum(w**2)  # noqa: E731
+    rise = optax_sam.m_sharpness(loss_fn, jnp.array([3.0, 4.0]), {"scale": jnp.float32(2.0)}, rho=5.0)
+    np.testing.assert_allclose(rise, 2 * (100 - 25), rtol=1e-6)
+
+
 def test_one_step_is_the_ascent_of_sam():
     @jax.jit
     def rise(params, batch):
