@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
+from jax.extend.core import Jaxpr
 from jax.extend.core.primitives import axis_index_p
 
 from optax_sam._checks import spread_mask
@@ -69,11 +70,16 @@ def differs_between_members(result: jax.Array, function: Callable[..., Any], *ar
 
 def communicates(function: Callable[..., Any], axes: Iterable[str], *args: Any) -> bool:
     """Whether the function moves data between the members of one of the mapped axes."""
-    for eqn in equations(jax.make_jaxpr(function)(*args).jaxpr):
-        names = [name for key in ("axes", "axis_name") for name in _as_names(eqn.params.get(key, ()))]
-        if set(names) & set(axes) and eqn.primitive.name not in STAYING:
-            return True
-    return False
+    return bool(axes_of_traffic(jax.make_jaxpr(function)(*args).jaxpr) & set(axes))
+
+
+def axes_of_traffic(jaxpr: Jaxpr) -> frozenset[Any]:
+    """The mapped axes between whose members a program moves data."""
+    found = frozenset[Any]()
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name not in STAYING:
+            found = found.union(*(_as_names(eqn.params.get(key, ())) for key in ("axes", "axis_name")))
+    return frozenset(name for name in found if isinstance(name, str))
 
 
 def _as_names(names: Any) -> tuple[Any, ...]:

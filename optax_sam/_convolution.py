@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
-from jax.extend.core.primitives import conv_general_dilated_p
+from jax.extend.core import Jaxpr, JaxprEqn, jaxpr_as_fun
+from jax.extend.core.primitives import conv_general_dilated_p, jit_p, remat_p
 
-from optax_sam._jaxpr import evaluate, reached
+from optax_sam._jaxpr import bind, evaluate
 
 
 def canonicalized(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,13 +28,39 @@ def canonicalized(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def rewritten(*args):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        if reached(closed.jaxpr, RULES):
-            outputs = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), RULES)
+        if _convolves(closed.jaxpr):
+            outputs = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), _outputs)
         else:
             outputs = jaxpr_as_fun(closed)(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return rewritten
+
+
+def _convolves(jaxpr: Jaxpr) -> bool:
+    """Whether there is a convolution, in nested ``jax.jit`` and ``jax.checkpoint`` too.
+
+    Those inside of loops, branches and derivative rules of the program stay as they are.
+    """
+    return any(eqn.primitive is conv_general_dilated_p or _convolves_inside(eqn) for eqn in jaxpr.eqns)
+
+
+def _convolves_inside(eqn: JaxprEqn) -> bool:
+    if eqn.primitive is jit_p:
+        return _convolves(eqn.params["jaxpr"].jaxpr)
+    return eqn.primitive is remat_p and _convolves(eqn.params["jaxpr"])
+
+
+def _outputs(eqn: JaxprEqn, inputs: list[Any]) -> list[Any]:
+    if eqn.primitive is conv_general_dilated_p:
+        return [_convolve(*inputs, **eqn.params)]
+    if not _convolves_inside(eqn):
+        return bind(eqn, inputs)
+    if eqn.primitive is jit_p:
+        return evaluate(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, inputs, _outputs)
+    # Still a checkpoint, or what it was to recompute would be kept.
+    rewritten = jax.make_jaxpr(lambda *args: evaluate(eqn.params["jaxpr"], (), args, _outputs))(*inputs).jaxpr
+    return remat_p.bind(*inputs, **eqn.params | {"jaxpr": rewritten})
 
 
 def _convolve(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **params: Any) -> jax.Array:
@@ -53,6 +79,3 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **param
     for source, target in zip(last, dimension_numbers.out_spec, strict=True):
         order[target] = source
     return jnp.transpose(output, order)
-
-
-RULES = {conv_general_dilated_p: _convolve}

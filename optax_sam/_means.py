@@ -4,20 +4,27 @@ Float leaves are averaged, in float32 or wider, with weights if there are some. 
 have no mean: they are those of the first micro-batch or member.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from optax_sam._axes import Axes, is_checked, vary, varying_axes
 from optax_sam._checks import is_float
 from optax_sam._convolution import canonicalized
+from optax_sam._interpreter import Interpreter, shapes_of_weights
+from optax_sam._lazy import RULES, lazy_means
 from optax_sam._mesh import first_entry, split_leading
 from optax_sam._norms import widen
+from optax_sam._plan import is_promising, plan, why_not_lazy
 
-Strategy = Literal["auto", "vmap", "scan", "unroll"]
+LOGGER = logging.getLogger("optax_sam")
+Strategy = Literal["auto", "vmap", "scan", "unroll", "lazy"]
 PAIRED_BYTES = 1 << 22  # of what is averaged: two micro-batches a turn save time as long as their sums stay in cache
 
 
@@ -27,8 +34,15 @@ def mean_over_micro_batches(
     num_micro_batches: int,
     strategy: Strategy,
     weights: jax.Array | None = None,
+    *,
+    group_size: int | None = None,
+    saves_memory: bool = True,
 ) -> Any:
-    """The mean of ``evaluate(index, micro_batch)``, with weights (num_micro_batches,) if given."""
+    """The mean of ``evaluate(index, micro_batch)``, with weights (num_micro_batches,) if given.
+
+    With ``group_size`` a loop runs over groups of micro-batches, each by the strategy. What is accumulated
+    ``saves_memory``: "auto" never takes "lazy" then.
+    """
     shares = None if weights is None else shares_of(weights, jnp.sum(weights))
     if num_micro_batches == 1:
         result = evaluate(0, batch)
@@ -39,13 +53,66 @@ def mean_over_micro_batches(
     def evaluate_part(index, leaves):
         return jax.tree.map(jnp.asarray, evaluate(index, rebuilt(leaves)))
 
+    mean = functools.partial(_mean, evaluate_part, strategy=strategy, may_be_lazy=not saves_memory)
+    if group_size is None or group_size == num_micro_batches:
+        return mean(indices, stacks, shares)
+
+    def evaluate_group(_, entry):
+        return mean(*entry)
+
+    groups = num_micro_batches // group_size
+    entries = jax.tree.map(lambda x: split_leading(x, groups), (indices, stacks, shares))
+    return _sums_in_a_loop(evaluate_group, jnp.arange(groups), entries, None, 1).means(groups, shares)
+
+
+def _mean(
+    evaluate: Callable[..., Any],
+    indices: jax.Array,
+    stacks: list[jax.Array],
+    shares: jax.Array | None,
+    strategy: Strategy,
+    may_be_lazy: bool,
+) -> Any:
+    """The mean of evaluate(index, leaves) over micro-batches, or with shares their weighted sum."""
     if strategy == "vmap":
-        return mean_of_stack(jax.vmap(evaluate_part)(indices, stacks), shares)
-    # Without jit, "auto" takes no loop: it would be compiled in every call.
-    if strategy == "scan" or (strategy == "auto" and isinstance(indices, Tracer)):
-        most_at_a_time = 1 if strategy == "scan" else 2
-        return _sums_in_a_loop(evaluate_part, indices, stacks, shares, most_at_a_time).means(indices, shares)
-    return _sums_in_line(evaluate_part, range(num_micro_batches), stacks, shares).means(indices, shares)
+        return mean_of_stack(jax.vmap(evaluate)(indices, stacks), shares)
+    if strategy == "auto" and not isinstance(indices, Tracer):
+        strategy = "unroll"  # without jit a loop would be compiled in every call
+    if strategy == "unroll":
+        return _sums_in_line(evaluate, range(len(indices)), stacks, shares).means(len(indices), shares)
+    is_auto, means = strategy == "auto", None
+    if strategy == "lazy" or (is_auto and may_be_lazy):
+        means = _lazy_mean(evaluate, indices, stacks, shares, only_if_cheaper=is_auto)
+    if means is None:
+        sums = _sums_in_a_loop(evaluate, indices, stacks, shares, most_at_a_time=2 if is_auto else 1)
+        means = sums.means(len(indices), shares)
+    return means
+
+
+def _lazy_mean(
+    evaluate: Callable[..., Any],
+    indices: jax.Array,
+    stacks: list[jax.Array],
+    shares: jax.Array | None,
+    only_if_cheaper: bool,
+) -> Any:
+    """The same, with gradients of weights as outer products; None where that cannot be or does not pay."""
+    closed, shapes = jax.make_jaxpr(evaluate, return_shape=True)(indices[0], _entry(stacks, 0))
+    reason = why_not_lazy(closed, stacks)
+    if reason is None and only_if_cheaper and not is_promising(closed):
+        reason = "the shapes of its weights"
+    if reason is not None:
+        LOGGER.info("%d micro-batches: a loop, for %s", len(indices), reason)
+        return None
+    run = Interpreter(len(indices), shapes_of_weights(closed), RULES)
+    lazily = jax.make_jaxpr(functools.partial(lazy_means, run, closed, mean_of_stack))([indices, *stacks], shares)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)]
+    estimate = plan(run, closed, lazily.jaxpr, names)
+    LOGGER.info("%d micro-batches: %s", len(indices), estimate)
+    if only_if_cheaper and not estimate.is_lazy:
+        return None
+    outputs = jaxpr_as_fun(lazily)(*jax.tree.leaves(([indices, *stacks], shares)))
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
 def weights_of_micro_batches(weight_fn: Callable[[Any], Any], batch: Any, num_micro_batches: int) -> jax.Array:
@@ -72,8 +139,8 @@ class _Sums(NamedTuple):
     like: list[Any]
     structure: Any
 
-    def means(self, indices: jax.Array, shares: jax.Array | None) -> Any:
-        count = len(indices) if shares is None else 1
+    def means(self, size: int, shares: jax.Array | None) -> Any:
+        count = size if shares is None else 1
 
         def mean(total, like):
             return (total / count).astype(like.dtype) if is_float(total) else total
@@ -113,8 +180,8 @@ def _terms(results: list[Any], share: jax.Array | None) -> list[Any]:
     return wide if share is None else [weighted(x, share) for x in wide]
 
 
-def _entry(stacks: list[jax.Array], index: int) -> list[jax.Array]:
-    return [jax.lax.index_in_dim(x, index, keepdims=False) for x in stacks]
+def _entry(stacks: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: jax.lax.index_in_dim(x, index, keepdims=False), stacks)
 
 
 def _at_a_time(length: int, results: list[Any]) -> int:

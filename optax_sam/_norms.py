@@ -76,7 +76,7 @@ def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
         11.0
     """
     check_alike("a", a, "b", b)
-    units = [_unit(norm(tree, shards)) for tree in (a, b)]
+    units = [power_of_two(norm(tree, shards)) for tree in (a, b)]
     (first, axes), (second, others) = (
         _wide_leaves(scaled(wide(x), 1 / unit), shards) for x, unit in zip((a, b), units, strict=True)
     )
@@ -121,7 +121,7 @@ def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
     return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
 
 
-def _unit(length: jax.Array) -> jax.Array:
+def power_of_two(length: jax.Array) -> jax.Array:
     """A power of two near a norm, so that a division by it is exact; 1 for 0."""
     _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.where(jnp.isfinite(length), length, 1)))
     return jnp.ldexp(jnp.ones_like(length), jnp.clip(exponent, -126, 126))

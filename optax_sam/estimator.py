@@ -72,6 +72,7 @@ def gradient_estimator(
     axis_name: AxisNames | None = None,
     batch_argnums: int | Sequence[int] = 1,
     weight_fn: Callable[..., jax.typing.ArrayLike] | None = None,
+    group_size: int | None = None,
 ) -> GradientEstimator[Params, Value]:
     r"""Applies a link to a loss function: one call returns the loss, the link's gradient and the link's new state.
 
@@ -121,10 +122,16 @@ def gradient_estimator(
         has_aux: whether loss_fn returns ``(loss, aux)``.
         num_micro_batches: M ≥ 1, a divisor of B.
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
-        strategy: how micro-batches are run; all give the same numbers. ``"vmap"``: at once, with M copies of the
-            params. ``"scan"``: one after another in a loop; memory and compile time independent of M. ``"unroll"``:
-            one after another in straight-line code. ``"auto"``: "unroll" without ``jax.jit``; under it "scan", two at a
-            time if M > 2 is even and what is averaged is of at most 4 MiB (chosen by ``benchmarks/step_cost.py``).
+        strategy: how micro-batches are run; all give the same numbers, to rounding. ``"vmap"``: at once, with M copies
+            of the params. ``"scan"``: one after another in a loop; memory and compile time independent of M.
+            ``"unroll"``: one after another in straight-line code. ``"lazy"``: at once, with the gradients of dense
+            layers as outer products that are never multiplied out; faster than SAM where micro-batches are small and
+            layers wide, in the memory of the whole batch's activations. What it has no rule for is run as by "vmap",
+            and arrays on an Explicit mesh and callbacks in a loop. ``"auto"``: "unroll" without ``jax.jit``; under it
+            "lazy" where that is estimated to take less time than a loop and at most 1.5 times the memory of one
+            micro-batch of all examples, and never to accumulate (``ascent_per`` "batch" or "device"); else "scan", two
+            at a time if M > 2 is even and what is averaged is of at most 4 MiB. The logger ``"optax_sam"`` says at
+            level INFO what was chosen, and why.
         axis_name: axis (or several) whose members hold further parts of the batch, each of M micro-batches: of a
             ``pmap``, ``shard_map`` or ``vmap`` around the call, or of the Explicit mesh that the batch is sharded over.
             Results are averaged over it. Params and state are the same on every member.
@@ -133,6 +140,8 @@ def gradient_estimator(
             micro-batches share.
         weight_fn: called as loss_fn is, without params, for one micro-batch; returns its weight, a scalar ≥ 0. None:
             equal weights.
+        group_size: the number of micro-batches, a divisor of M, that are run at once; a loop runs over the groups. Less
+            memory for "lazy" and "vmap". None: all.
 
     Returns:
         A :class:`GradientEstimator`. Gradients have the structure, shapes and dtypes that ``jax.grad(loss_fn)``
@@ -142,11 +151,11 @@ def gradient_estimator(
     Raises:
         TypeError: an argument is of the wrong type; when called: params that are not all floating-point arrays, or
             loss_fn returns no scalar loss, or with has_aux no pair, or with M > 1 aux that is not made of arrays.
-        ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1; when
-            called: leaves of the batch that are scalars, differ in B, or cannot be divided by M; another array with a
-            leading axis of B; a loss_fn that communicates beside a weight_fn; an axis_name that is neither mapped nor
-            of the batch's Explicit mesh, that the params vary over, or that is missing where ``shard_map`` would sum
-            the gradient.
+        ValueError: an unknown ascent_per or strategy, ``"device"`` without axis_name, num_micro_batches < 1, or a
+            group_size that does not divide it; when called: leaves of the batch that are scalars, differ in B, or
+            cannot be divided by M; another array with a leading axis of B; a loss_fn that communicates beside a
+            weight_fn; an axis_name that is neither mapped nor of the batch's Explicit mesh, that the params vary over,
+            or that is missing where ``shard_map`` would sum the gradient.
 
     Example:
         >>> import optax_sam
@@ -169,7 +178,13 @@ def gradient_estimator(
     if ascent_per == "device" and not axes:
         raise ValueError('ascent_per="device" needs axis_name, the axis of the devices. jax.jit alone shows none.')
     argnums = _as_argnums(batch_argnums)
-    estimate = _Estimate(loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes, argnums, weight_fn)
+    if group_size is not None:
+        check_int("group_size", group_size)
+        if num_micro_batches % group_size:
+            raise ValueError(f"{num_micro_batches=} must be divisible by {group_size=}.")
+    estimate = _Estimate(
+        loss_fn, link, has_aux, num_micro_batches, ascent_per, strategy, axes, argnums, weight_fn, group_size
+    )
     return GradientEstimator(link.init, estimate.value_and_grad)
 
 
@@ -198,6 +213,7 @@ class _Estimate(NamedTuple):
     axes: Axes
     batch_argnums: tuple[int, ...]
     weight_fn: Callable[..., Any] | None
+    group_size: int | None
 
     def value_and_grad(self, params: Any, state: optax.OptState, /, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """The loss (and aux), the gradient and the new state."""
@@ -261,8 +277,16 @@ class _Part(NamedTuple):
         def evaluate_micro_batch(index, batch):
             return evaluate(self._loss_of(index, batch))
 
-        size, strategy = self.estimate.num_micro_batches, self.estimate.strategy
-        return mean_over_micro_batches(evaluate_micro_batch, self.arguments.batch, size, strategy, self.weights)
+        estimate = self.estimate
+        return mean_over_micro_batches(
+            evaluate_micro_batch,
+            self.arguments.batch,
+            estimate.num_micro_batches,
+            estimate.strategy,
+            self.weights,
+            group_size=estimate.group_size,
+            saves_memory=estimate.ascent_per != "micro_batch",
+        )
 
     def over_devices(self, tree: Any) -> Any:
         """The mean of this device's results and those of the others."""
@@ -382,6 +406,7 @@ def value_and_grad(
     axis_name: AxisNames | None = None,
     batch_argnums: int | Sequence[int] = 1,
     weight_fn: Callable[..., jax.typing.ArrayLike] | None = None,
+    group_size: int | None = None,
 ) -> Callable[Concatenate[Params, ...], tuple[Value, Params]]:
     """Drop-in for ``jax.value_and_grad``: the same call and the same result, with the link's gradient.
 
@@ -391,10 +416,11 @@ def value_and_grad(
         has_aux: this and the following as in :func:`gradient_estimator`.
         num_micro_batches: M ≥ 1.
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
-        strategy: ``"auto"``, ``"vmap"``, ``"scan"`` or ``"unroll"``.
+        strategy: ``"auto"``, ``"lazy"``, ``"vmap"``, ``"scan"`` or ``"unroll"``.
         axis_name: axis whose members hold further parts of the batch.
         batch_argnums: which arguments of loss_fn hold examples.
         weight_fn: from the examples to the weight of a micro-batch.
+        group_size: the number of micro-batches run at once.
 
     Returns:
         A function of ``(params, batch, *args, **kwargs)`` that returns ``(loss, grads)``, or ``((loss, aux), grads)``.
@@ -420,6 +446,7 @@ def value_and_grad(
         axis_name=axis_name,
         batch_argnums=batch_argnums,
         weight_fn=weight_fn,
+        group_size=group_size,
     )
 
     def stateless(params, /, *args, **kwargs):

@@ -300,6 +300,8 @@ TABLE = [
     # Estimators
     *rows(LINK, "link", NOT_LINKS[:1]),
     *integers("gradient_estimator value_and_grad", "num_micro_batches", 1),
+    *integers("gradient_estimator value_and_grad", "group_size", 1),
+    *rows("gradient_estimator", "group_size", these(ValueError, "num_micro_batches=4", 3), num_micro_batches=4),
     *rows("gradient_estimator value_and_grad", "ascent_per", these(ValueError, "'device', 'batch'", "loop", None, 3)),
     *rows("gradient_estimator value_and_grad", "strategy", these(ValueError, "'vmap', 'scan'", "Scan", np.ones(2))),
     *rows("gradient_estimator", "ascent_per", these(ValueError, "needs axis_name", "device", got='="device"')),

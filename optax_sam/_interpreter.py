@@ -1,0 +1,195 @@
+"""The interpreter: the program of one micro-batch, evaluated for all of them at once.
+
+A value is an array that all micro-batches share, or one for each (:class:`Each`), or a sum of outer products for each
+(:class:`Lazy`). An equation has a rule, which may decline. Where no rule applies, what is lazy is multiplied out and
+the equation mapped over micro-batches: right, and not faster.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+
+from optax_sam import _outer
+from optax_sam._jaxpr import bind, evaluate, type_of
+from optax_sam._outer import Base, Lazy
+
+Value = Any  # a shared jax.Array, or one of Each, Full, Lazy, Product
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Each:
+    """An array for each micro-batch, (M, ...)."""
+
+    stack: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full:
+    """A scalar, shared or one for each micro-batch, (M,), in all places of an array."""
+
+    scalar: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """The product of two sums, element by element; most are added up next."""
+
+    first: Lazy
+    second: Lazy
+
+
+class Gradient(NamedTuple):
+    """The gradient of a weight as a product: K terms of sizes P and Q."""
+
+    terms: int
+    sizes: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.sizes)
+
+
+def shapes_of_weights(closed: ClosedJaxpr) -> frozenset[tuple[int, ...]]:
+    """The shapes of what a program returns, gradients among it, without the order of axes."""
+    return frozenset(tuple(sorted(aval.shape)) for aval in closed.out_avals)
+
+
+def gradient_of(eqn: JaxprEqn, shapes: frozenset[tuple[int, ...]]) -> Gradient | None:
+    """What a matrix product is if it has the shape of a weight."""
+    (contracted, _), batched = eqn.params["dimension_numbers"]
+    out, (left, right) = type_of(eqn.outvars[0]), (type_of(variable).shape for variable in eqn.invars)
+    if any(batched) or tuple(sorted(out.shape)) not in shapes or not jnp.issubdtype(out.dtype, np.inexact):
+        return None
+    terms = math.prod(left[axis] for axis in contracted)
+    return Gradient(terms, (math.prod(left) // terms, math.prod(right) // terms))
+
+
+class Interpreter:
+    """Evaluates programs for M micro-batches, and records what decides about the time that this takes.
+
+    Attributes:
+        size: M.
+        weights: the shapes of weights, without the order of axes.
+        lazy: the gradients that became outer products.
+        formed: those that are smaller when multiplied out.
+        multiplied_out: the primitives for which sums were multiplied out, and these.
+        uses: how often something else than a mean was made of sums.
+        stays_lazy: whether each output was averaged without that.
+        averaged: the shapes of the outputs that were not.
+        slow: the primitives mapped over micro-batches of which XLA makes loops or grouped convolutions.
+        own: the variables of the program that have a value for each micro-batch.
+    """
+
+    SLOW = ("conv_general_dilated", "scan", "while")
+
+    def __init__(self, size: int, weights: frozenset[tuple[int, ...]], rules: Mapping[str, Callable[..., Any]]):
+        self.size, self.weights, self._rules = size, weights, rules
+        self.lazy: list[Gradient] = []
+        self.formed: list[Gradient] = []
+        self.multiplied_out: list[tuple[str, Lazy]] = []
+        self.uses = 0
+        self.stays_lazy: list[bool] = []
+        self.averaged: list[tuple[int, ...]] = []
+        self.slow: set[str] = set()
+        self.own: set[Var] = set()
+
+    def run(self, closed: ClosedJaxpr, args: Sequence[Value]) -> list[Value]:
+        """The outputs of a program."""
+        return evaluate(closed.jaxpr, closed.consts, args, self._outputs)
+
+    def _outputs(self, eqn: JaxprEqn, inputs: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        rule = self._rules.get(name)
+        outputs = NotImplemented if rule is None else rule(self, eqn, *inputs)
+        if outputs is NotImplemented:
+            inputs = [self.plain(x, name) for x in inputs]
+            if name in self.SLOW and any(isinstance(x, Each) for x in inputs):
+                self.slow.add(name)
+            outputs = self.mapped(functools.partial(_bind, eqn), *inputs)
+        elif not eqn.primitive.multiple_results:
+            outputs = [outputs]
+        self.own |= {variable for variable, x in zip(eqn.outvars, outputs, strict=True) if isinstance(x, Each)}
+        return outputs
+
+    def mapped(self, function: Callable[..., list[jax.Array]], *inputs: Any) -> list[Any]:
+        """A function of arrays, shared or one for each micro-batch."""
+        if not any(isinstance(x, Each) for x in inputs):
+            return function(*inputs)
+        axes = [0 if isinstance(x, Each) else None for x in inputs]
+        stacks = [x.stack if isinstance(x, Each) else x for x in inputs]
+        return list(map(Each, jax.vmap(function, in_axes=axes, axis_size=self.size)(*stacks)))
+
+    def plain(self, value: Value, user: str) -> Any:
+        """The value as a shared array or one for each micro-batch."""
+        if isinstance(value, Product):
+            return self.mapped(lambda a, b: [a * b], *(self.plain(x, user) for x in (value.first, value.second)))[0]
+        if isinstance(value, Full):
+            if not value.scalar.ndim:
+                return jnp.broadcast_to(value.scalar, value.shape)
+            return Each(jax.lax.broadcast_in_dim(value.scalar, (self.size, *value.shape), (0,)))
+        if not isinstance(value, Lazy):
+            return value
+        if value.outers:
+            self.multiplied_out.append((user, value))
+        terms = [self._multiplied(base) for base in value.bases]
+        terms += [Each(_outer.multiplied_out(outer, value.dtype)) for outer in value.outers]
+        if not terms:
+            return jnp.zeros(value.shape, value.dtype)
+        return functools.reduce(lambda a, b: self.mapped(lambda x, y: [x + y], a, b)[0], terms)
+
+    def _multiplied(self, base: Base) -> Any:
+        if base.scale is None:
+            return base.array
+        scale = jnp.asarray(base.scale, base.array.dtype)
+        return self.mapped(lambda x, y: [x * y], Each(scale) if scale.ndim else scale, base.array)[0]
+
+    def stack(self, value: Any) -> jax.Array:
+        """A shared array, or one for each micro-batch, as a stack (M, ...)."""
+        return value.stack if isinstance(value, Each) else jnp.broadcast_to(value, (self.size, *jnp.shape(value)))
+
+
+def _bind(eqn: JaxprEqn, *inputs: jax.Array) -> list[jax.Array]:
+    return bind(eqn, inputs)
+
+
+def is_lazy(value: Value) -> bool:
+    """Whether the value would have to be multiplied out."""
+    return isinstance(value, Product) or (isinstance(value, Lazy) and bool(value.outers))
+
+
+def is_zero(value: Value) -> bool:
+    """Whether the value is known to be zero: a sum without terms, or a constant."""
+    if isinstance(value, Lazy):
+        return not value.bases and not value.outers
+    is_constant = not isinstance(value, (Each, Full, Product, Tracer)) and not np.ndim(value)
+    return is_constant and jnp.issubdtype(jnp.result_type(value), np.number) and bool(value == 0)
+
+
+def as_lazy(value: Value, like: Lazy) -> Lazy | None:
+    """A sum, or a shared array of the same shape as a sum; None for what is neither."""
+    if isinstance(value, Lazy):
+        return value
+    if isinstance(value, (Each, Full, Product)) or np.shape(value) != like.shape:
+        return None
+    return Lazy((Base(jnp.asarray(value)),), (), like.shape, like.dtype)
+
+
+def as_scalar(value: Value) -> Any:
+    """The scalar, shared or (M,), that is in all places of the value; None if there is no such scalar."""
+    if isinstance(value, Full):
+        return value.scalar
+    if isinstance(value, Each):
+        return value.stack if value.stack.ndim == 1 else None
+    return value if not isinstance(value, (Lazy, Product)) and not np.ndim(value) else None

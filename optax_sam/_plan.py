@@ -1,0 +1,143 @@
+r"""The plan: whether a mean over micro-batches takes less time lazily than in a loop, told from static shapes.
+
+For each P × Q weight and each gradient of a micro-batch of K examples or tokens it counts, in multiply-adds,
+
+.. math::
+    \text{in a loop} \quad 3 K P Q + \alpha P Q, \qquad
+    \text{lazily} \quad \tfrac52 K P Q + 3 K^2 (P + Q), \qquad
+    \text{multiplied out} \quad 3 K P Q + \alpha' P Q
+
+where α PQ stands for the reading and writing of arrays of the size of the weight by a turn of a loop, and α′ PQ for the
+same where all micro-batches have such arrays at once. ``benchmarks/lazy.py`` measures both constants. An estimate by
+these formulas decides whether the lazy program is traced at all, and then the multiply-adds of both programs decide.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxprs_in_params
+from jax.extend.core.primitives import dot_general_p
+
+from optax_sam._interpreter import Interpreter, gradient_of, shapes_of_weights
+from optax_sam._jaxpr import equations, type_of
+from optax_sam._outer import RARELY
+
+ALPHA, ALPHA_OF_COPIES = 85.0, 400.0
+MOST_MEMORY = 1.5  # of what one micro-batch of all examples takes
+
+
+class Plan(NamedTuple):
+    """Estimates for the mean of a program over M micro-batches.
+
+    Attributes:
+        time: of the lazy program, relative to a loop.
+        memory: of the lazy program, relative to one micro-batch of all examples.
+        slow: primitives in it that are slow for all micro-batches at once.
+        weights: outputs that it averages without multiplying out.
+        users: primitives for which sums are multiplied out.
+        only_accumulates: whether there is nothing but a mean of gradients, which one takes in parts to save memory.
+    """
+
+    time: float
+    memory: float
+    slow: tuple[str, ...]
+    weights: tuple[str, ...]
+    users: tuple[str, ...]
+    only_accumulates: bool
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the lazy program is the better choice."""
+        is_worth_it = self.time < 1 and self.memory <= MOST_MEMORY and bool(self.weights)
+        return is_worth_it and not self.slow and not self.only_accumulates
+
+    def __str__(self) -> str:
+        parts = [
+            f"{'lazy' if self.is_lazy else 'a loop'}: lazily {self.time:.2f} × the time of a loop",
+            f"{self.memory:.2f} × the memory of one micro-batch",
+            f"outer products: {', '.join(self.weights) or 'none'}",
+        ]
+        parts += [f"multiplied out for: {', '.join(self.users)}"] if self.users else []
+        parts += ["no more than gradient accumulation"] if self.only_accumulates else []
+        parts += [f"slow for all at once: {', '.join(self.slow)}"] if self.slow else []
+        return "; ".join(parts)
+
+
+def why_not_lazy(closed: ClosedJaxpr, stacks: Sequence[jax.Array]) -> str | None:
+    """Why a program cannot be evaluated for all micro-batches at once, or None."""
+    if any(any(jax.typeof(x).sharding.spec) for x in (*closed.consts, *stacks)):
+        return "arrays on an Explicit mesh"
+    if any("callback" in eqn.primitive.name for eqn in equations(closed.jaxpr)):
+        return "callbacks"
+    return None
+
+
+def is_promising(closed: ClosedJaxpr) -> bool:
+    """Whether the lazy program would be faster if no rule declined."""
+    if any(eqn.primitive.name == "conv_general_dilated" for eqn in equations(closed.jaxpr)):
+        return False
+    shapes = shapes_of_weights(closed)
+    gradients = [x for eqn in equations(closed.jaxpr, dot_general_p) if (x := gradient_of(eqn, shapes))]
+    lazily = sum(2.5 * x.terms * x.size + 3 * x.terms**2 * sum(x.sizes) for x in gradients)
+    return lazily < sum(3 * x.terms * x.size + ALPHA * x.size for x in gradients)
+
+
+def plan(run: Interpreter, closed: ClosedJaxpr, lazily: Jaxpr, names: Sequence[str]) -> Plan:
+    """The plan for a program of one micro-batch that was evaluated into another for all of them."""
+    copies = [math.prod(value.shape) for _, value in run.multiplied_out]
+    copies += [x.size for x in run.formed] + list(map(math.prod, run.averaged))
+    weights = sum(x.size for x in run.lazy + run.formed) + sum(map(math.prod, run.averaged))
+    in_a_loop = run.size * (multiply_adds(closed.jaxpr) + ALPHA * weights)
+    at_once = multiply_adds(lazily) + ALPHA * weights + run.size * ALPHA_OF_COPIES * sum(copies)
+
+    def whole(variable: Var) -> int:
+        return _bytes(variable) * (run.size if variable in run.own else 1)
+
+    memory = peak_bytes(lazily, _bytes) / max(peak_bytes(closed.jaxpr, whole), 1)
+    users = dict.fromkeys(user for user, _ in run.multiplied_out)
+    lazy = (name for name, is_lazy in zip(names, run.stays_lazy, strict=True) if is_lazy)
+    time = at_once / max(in_a_loop, 1)
+    return Plan(time, memory, tuple(sorted(run.slow)), tuple(lazy), tuple(users), only_accumulates=run.uses == 0)
+
+
+def multiply_adds(jaxpr: Jaxpr) -> int:
+    """Those of all matrix products of a program, of the longest branch, without what runs but rarely."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is dot_general_p:
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += math.prod(type_of(eqn.outvars[0]).shape) * math.prod(
+                type_of(eqn.invars[0]).shape[axis] for axis in contracted
+            )
+        elif eqn.params.get("name") != RARELY:
+            inner = [multiply_adds(program) for program in jaxprs_in_params(eqn.params)]
+            turns = eqn.params.get("length", 1)
+            total += turns * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def peak_bytes(jaxpr: Jaxpr, size_of: Callable[[Var], int]) -> int:
+    """The most bytes that are alive at once in a program, without its inputs."""
+    last = {variable: number for number, eqn in enumerate(jaxpr.eqns) for variable in _variables(eqn.invars)}
+    last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    dying: list[list[Var]] = [[] for _ in range(len(jaxpr.eqns) + 1)]
+    alive = peak = 0
+    for number, eqn in enumerate(jaxpr.eqns):
+        inside = max((peak_bytes(program, size_of) for program in jaxprs_in_params(eqn.params)), default=0)
+        for variable in eqn.outvars:
+            if variable in last:
+                alive += size_of(variable)
+                dying[last[variable]].append(variable)
+        peak = max(peak, alive + inside)
+        alive -= sum(map(size_of, dying[number]))
+    return peak
+
+
+def _bytes(variable: Var) -> int:
+    return math.prod(type_of(variable).shape) * type_of(variable).dtype.itemsize
+
+
+def _variables(atoms: Iterable[Any]) -> list[Var]:
+    return [atom for atom in atoms if not isinstance(atom, Literal)]

@@ -1,0 +1,315 @@
+"""Lazy evaluation: outer products in place of gradients, with the numbers of a loop over micro-batches."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optax_sam
+from optax_sam import _means
+from tests.helpers.lazy_networks import NETWORKS, mlp, with_dropout
+from tests.helpers.places import PLACES
+from tests.helpers.problems import assert_close
+from tests.helpers.registry import MEMBERS
+
+RHO = 0.1
+MAPPED = [place for place in PLACES if not place.startswith("jit")]
+
+
+@pytest.fixture
+def interpreters(monkeypatch):
+    """The interpreters that evaluated programs, as it happens."""
+    found = []
+
+    class Recorded(_means.Interpreter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            found.append(self)
+
+    monkeypatch.setattr(_means, "Interpreter", Recorded)
+    return found
+
+
+def estimates(loss_fn, link, params, *args, strategies=("scan", "lazy"), steps=1, **options):
+    """What the strategies return for some steps, compiled."""
+    results = []
+    for strategy in strategies:
+        estimator = optax_sam.gradient_estimator(loss_fn, link, strategy=strategy, **options)
+        state, outputs, run = estimator.init(params), [], jax.jit(estimator.value_and_grad)
+        for _ in range(steps):
+            value, gradient, state = run(params, state, *args)
+            outputs.append((value, gradient, state))
+        results.append(outputs)
+    return results
+
+
+def assert_exact(actual, desired):
+    """To rounding in float64; what a link measures is float32."""
+
+    def check(path, a, b):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            return
+        eps = jnp.finfo(a.dtype).eps if jnp.issubdtype(a.dtype, jnp.inexact) else 0
+        np.testing.assert_allclose(a, b, rtol=5e3 * eps, atol=5e2 * eps, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, actual, desired)
+
+
+def users_of(interpreter):
+    return {user for user, _ in interpreter.multiplied_out}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_micro_batches"), [*((name, 4) for name in NETWORKS), ("mlp", 8), ("transformer", 8)]
+)
+def test_numbers_are_those_of_a_loop_and_rules_engage(name, num_micro_batches, interpreters):
+    with jax.enable_x64(True):
+        network = NETWORKS[name]()
+        link = optax_sam.stable_sam(RHO)
+        options = {"num_micro_batches": num_micro_batches}
+        looped, lazy = estimates(network.loss_fn, link, network.params, network.batch, **options)
+    assert_exact(lazy, looped)
+    [interpreter] = interpreters
+    assert sum(interpreter.stays_lazy) == network.weights
+    assert users_of(interpreter) == network.users
+
+
+LINKS = {  # link, and for what its sums are multiplied out
+    "usam": (optax_sam.usam(RHO), set()),
+    "asam": (optax_sam.asam(RHO), {"mul"}),
+    "schedule": (optax_sam.sam(lambda step: RHO / (1 + step)), set()),
+    "late": (optax_sam.late(optax_sam.sam(RHO), 1), set()),
+    "measured late": (optax_sam.measured(optax_sam.late(optax_sam.sam(RHO), 1)), set()),
+    "clipped": (optax.chain(optax_sam.sam(RHO), optax.clip_by_global_norm(0.1)), set()),
+    "clipped by element": (optax.chain(optax_sam.sam(RHO), optax.clip(0.01)), {"max"}),
+} | {
+    member.name: (member.make(RHO), users)
+    for member in MEMBERS
+    for name, users in {
+        "sam-masked": set(),
+        "multi-step": set(),
+        "momentum-ascent": set(),
+        "switch_at": set(),
+        "stable_sam-truncated": set(),
+    }.items()
+    if member.name == name
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_need_no_change(name, interpreters):
+    link, users = LINKS[name]
+    with jax.enable_x64(True):
+        network = mlp()
+        arguments = network.loss_fn, link, network.params, network.batch
+        looped, lazy = estimates(*arguments, num_micro_batches=4, steps=3)
+    assert_exact(lazy, looped)
+    assert sum(interpreters[0].stays_lazy) >= network.weights * (name != "clipped by element")
+    assert users_of(interpreters[0]) == users
+
+
+def counting_loss(loss_fn):
+    """With an aux of ints and floats, and labels that are an argument of their own."""
+
+    def loss(params, x, labels, key=None):
+        value = loss_fn(params, (x, labels)) if key is None else loss_fn(params, (x, labels), key)
+        return value, {"first": labels[0], "mean": jnp.mean(x)}
+
+    return loss
+
+
+@pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
+def test_options_of_the_estimator_hold(ascent_per):
+    with jax.enable_x64(True):
+        network = with_dropout()
+        options = {
+            "has_aux": True,
+            "batch_argnums": (1, 2),
+            "weight_fn": lambda x, labels, key: jnp.sum(labels > 1).astype(float),  # 0 for the first micro-batch
+            "num_micro_batches": 4,
+            "ascent_per": ascent_per,
+        }
+        arguments = (
+            counting_loss(network.loss_fn),
+            optax_sam.sam(RHO),
+            network.params,
+            *network.batch,
+            jax.random.key(5),
+        )
+        looped, lazy = estimates(*arguments, **options)
+        [grouped] = estimates(*arguments, strategies=["lazy"], group_size=2, **options)
+    assert_exact(lazy, looped)
+    assert_exact(grouped, looped)
+
+
+def test_what_has_no_weight_does_not_count_even_if_it_is_not_finite():
+    network = mlp()
+    batch = network.batch[0].at[:2].set(jnp.nan), network.batch[1]
+    options = {"weight_fn": lambda batch: jnp.where(jnp.isnan(batch[0][0, 0]), 0.0, 1.0), "num_micro_batches": 4}
+    looped, lazy = estimates(network.loss_fn, optax_sam.stable_sam(RHO), network.params, batch, **options)
+    assert_close(lazy, looped)
+    assert np.all(np.isfinite(lazy[0][1]["params"]["Dense_0"]["kernel"]))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_devices_hold_micro_batches(place, interpreters):
+    """Each by its own members' examples; where an Explicit mesh shards arrays, a loop."""
+    network = mlp()
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x[::-1], 2 * x, x + 1]), network.batch)
+    options = {"num_micro_batches": 2 if place in MAPPED else 4}
+    options |= {"axis_name": "data"} if place in MAPPED else {}
+
+    def function(strategy):
+        estimate = optax_sam.value_and_grad(network.loss_fn, optax_sam.stable_sam(RHO), strategy=strategy, **options)
+        return lambda params, batch: estimate(params, batch)
+
+    looped, lazy = (PLACES[place](function(strategy), network.params, batch=batch) for strategy in ("scan", "lazy"))
+    assert_close(lazy, looped)
+    assert [sum(x.stays_lazy) for x in interpreters] == ([] if place == "jit explicit" else [network.weights])
+
+
+def test_params_sharded_under_jit_are_those_of_one_device(interpreters):
+    network = mlp()
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    shardings = jax.tree.map(
+        lambda w: NamedSharding(mesh, PartitionSpec(None, "model") if w.ndim == 2 else PartitionSpec("model")),
+        network.params,
+    )
+    options = {"num_micro_batches": 4, "strategy": "lazy"}
+    function = jax.jit(optax_sam.value_and_grad(network.loss_fn, optax_sam.sam(RHO), **options))
+    sharded = function(jax.device_put(network.params, shardings), network.batch)
+    assert_close(jax.device_get(sharded), jax.device_get(function(network.params, network.batch)))
+    assert [sum(x.stays_lazy) for x in interpreters] == [network.weights] * len(interpreters)
+
+
+@pytest.mark.parametrize("cancellation", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+def test_norms_of_what_nearly_cancels_are_as_accurate_as_in_a_loop(cancellation):
+    """Examples in pairs whose gradients cancel but for a part: Gram matrices alone would be off by 1e-1."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 4, 64)).astype(np.float32), rng.normal(size=(2, 4, 48)).astype(np.float32)
+    y[1] = cancellation * y[1] - y[0]
+    x[1] = x[0]
+    batch = tuple(np.swapaxes(part, 0, 1).reshape(8, -1) for part in (x, y))  # two examples for each of 4 micro-batches
+    loss_fn = lambda w, batch: jnp.sum((batch[0] @ w) * batch[1])  # noqa: E731
+    results = estimates(
+        loss_fn, optax_sam.measured(optax_sam.sam(RHO)), jnp.zeros((64, 48)), batch, num_micro_batches=4
+    )
+    gradients = np.einsum("jkp,jkq->jpq", *(part.astype(np.float64).reshape(4, 2, -1) for part in batch))
+    expected = np.mean([np.linalg.norm(gradient) for gradient in gradients])
+    looped, lazy = (abs(optax_sam.measurements(outputs[0][2]).clean_norm / expected - 1) for outputs in results)
+    assert lazy <= 4 * looped + 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e25])
+def test_gradients_far_from_one_are_those_of_a_loop(scale):
+    network = mlp()
+    loss_fn = lambda params, batch: scale * network.loss_fn(params, batch)  # noqa: E731
+    looped, lazy = estimates(loss_fn, optax_sam.stable_sam(RHO), network.params, network.batch, num_micro_batches=4)
+    looped, lazy = (jax.tree.map(lambda x: x / scale, outputs[0][1]) for outputs in (looped, lazy))
+    assert_close(lazy, looped)
+
+
+def test_a_link_acts_on_each_example_at_the_cost_of_the_batch(interpreters):
+    """Clipping for each example, the core of differentially private SGD."""
+    network = mlp()
+    options = {"num_micro_batches": 8, "strategy": "lazy"}
+    clipped = jax.jit(optax_sam.value_and_grad(network.loss_fn, optax.clip_by_global_norm(1.0), **options))
+    _, actual = clipped(network.params, network.batch)
+
+    def clipped_one(example):
+        gradient = jax.grad(network.loss_fn)(network.params, jax.tree.map(lambda x: x[None], example))
+        return optax.tree.scale(1 / jnp.maximum(1, optax.tree.norm(gradient)), gradient)
+
+    assert_close(actual, jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(clipped_one)(network.batch)))
+    assert users_of(interpreters[0]) == set()
+
+
+def test_rows_that_are_not_there_are_dropped_and_twice_taken_rows_add_up():
+    tokens = jnp.array([[1, 1, -1], [0, 19, 25], [3, 2, 1], [-30, 4, 4]])
+
+    for mode in ("fill", "clip", "drop"):
+        loss_fn = lambda w, x, mode=mode: jnp.nansum(jnp.tanh(w.at[x].get(mode=mode)) ** 2)  # noqa: E731
+        table = jax.random.normal(jax.random.key(0), (20, 24))
+        looped, lazy = estimates(loss_fn, optax_sam.sam(RHO), table, tokens, num_micro_batches=4)
+        assert_close(lazy, looped)
+
+
+def test_programs_do_not_grow_with_the_number_of_micro_batches():
+    network = mlp()
+    sizes = []
+    for num_micro_batches in (2, 4):
+        options = {"num_micro_batches": num_micro_batches, "strategy": "lazy"}
+        function = optax_sam.value_and_grad(network.loss_fn, optax_sam.sam(RHO), **options)
+        sizes.append(str(jax.make_jaxpr(function)(network.params, network.batch)).count("\n"))
+    assert sizes[0] == sizes[1]
+
+
+# --- what auto decides ---
+
+
+def decision(caplog, loss_fn, link, params, batch, **options):
+    """What the log says that auto decided."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="optax_sam"):
+        jax.jit(optax_sam.value_and_grad(loss_fn, link, **options)).trace(params, batch)
+    return caplog.messages
+
+
+def wide(size=64):
+    """A layer that is wider than a micro-batch is large, and its batch."""
+    w, x = jnp.ones((256, 256)), jnp.ones((size, 256))
+    return lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), w, x
+
+
+def test_auto_takes_outer_products_where_that_is_cheaper(caplog):
+    loss_fn, w, x = wide(256)
+    [few] = decision(caplog, loss_fn, optax_sam.sam(RHO), w, x, num_micro_batches=2)
+    [many] = decision(caplog, loss_fn, optax_sam.sam(RHO), w, x, num_micro_batches=32)
+    assert few.startswith("2 micro-batches: a loop")
+    assert many.startswith("32 micro-batches: lazy: lazily 0.")
+    assert "outer products: [1]" in many
+
+
+@pytest.mark.parametrize(
+    ("link", "options", "messages"),
+    [
+        (optax_sam.asam(RHO), {}, ["32 micro-batches: a loop: lazily ", "multiplied out for: mul"]),
+        (optax.identity(), {}, ["a loop: ", "no more than gradient accumulation"]),
+        (optax_sam.sam(RHO), {"ascent_per": "batch"}, None),  # who accumulates saves memory
+        (optax_sam.sam(RHO), {"strategy": "scan"}, None),
+    ],
+)
+def test_auto_takes_a_loop_and_says_why(link, options, messages, caplog):
+    loss_fn, w, x = wide()
+    found = decision(caplog, loss_fn, link, w, x, num_micro_batches=32, **options)
+    assert len(found) == (messages is not None)
+    assert all(message in found[0] for message in messages or [])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("cnn", "the shapes of its weights"), ("recurrent", "slow for all at once: scan")]
+)
+def test_auto_takes_a_loop_for_what_is_slow_for_all_micro_batches_at_once(name, reason, caplog):
+    network = NETWORKS[name]()
+    batch = jax.tree.map(lambda x: x[:8], network.batch)
+    [message] = decision(caplog, network.loss_fn, optax_sam.sam(RHO), network.params, batch, num_micro_batches=8)
+    assert message.startswith("8 micro-batches: a loop")
+    assert reason in message
+
+
+def test_callbacks_are_called_for_each_micro_batch_in_a_loop(caplog):
+    loss_fn, w, x = wide()
+
+    def watched(w, x):
+        return loss_fn(w, x) + jax.pure_callback(lambda x: x.sum() * 0, jax.ShapeDtypeStruct((), x.dtype), x)
+
+    stopped = lambda w, x: watched(jax.lax.stop_gradient(w), x) * 0 + loss_fn(w, x)  # noqa: E731
+    looped, lazy = estimates(stopped, optax_sam.sam(RHO), w, x, num_micro_batches=32)
+    assert_close(lazy, looped)
+    [message] = decision(caplog, stopped, optax_sam.sam(RHO), w, x, num_micro_batches=32, strategy="lazy")
+    assert message == "32 micro-batches: a loop, for callbacks"
