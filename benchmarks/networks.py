@@ -118,4 +118,6 @@ def tasks(dtype: Any = jnp.float32) -> dict[str, Task]:
         "CNN": Task(CNN(dtype), (128, 32, 32, 3)),
         "ResNet": Task(ResNet(dtype), (128, 32, 32, 3)),
         "transformer": Task(Transformer(dtype), (32, 64)),
+        "transformer of width 256, 16 tokens": Task(Transformer(dtype, width=256), (32, 16)),
+        "transformer of width 256, 64 tokens": Task(Transformer(dtype, width=256), (32, 64)),
     }

@@ -38,7 +38,7 @@ RHO = 0.05
 OPTIMIZERS = {"sgd": optax.sgd(1e-3, momentum=0.9), "adamw": optax.adamw(1e-3)}
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MICRO_BATCHES = (2, 8, 32)
-STRATEGIES = ("scan", "unroll", "vmap", "auto")
+STRATEGIES = ("scan", "unroll", "vmap", "lazy", "auto")
 NEVER = 1 << 30
 SAM = optax_sam.sam(RHO)
 AS_TRACED = "as traced"
@@ -56,7 +56,12 @@ METHODS = {
     for size in MICRO_BATCHES
     for strategy in STRATEGIES
 }
-METHODS["mSAM, M = 64, auto"] = (SAM, {"num_micro_batches": 64})
+METHODS |= {
+    f"mSAM, M = {size}, {strategy}": (SAM, {"num_micro_batches": size, "strategy": strategy})
+    for size in (64, 512)
+    for strategy in ("scan", "lazy", "auto")
+}
+METHODS["mStableSAM, M = 64, auto"] = (optax_sam.stable_sam(RHO), {"num_micro_batches": 64})
 METHODS["late mSAM, M = 8, before"] = (optax_sam.late(SAM, NEVER), {"num_micro_batches": 8})
 METHODS["late mSAM, M = 8, after"] = (optax_sam.late(SAM, 1), {"num_micro_batches": 8})
 METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]
@@ -218,7 +223,7 @@ def draw(tables: list[dict[str, Any]]) -> Figure:
             for name, row in entry["rows"].items():
                 if name == "plain":
                     continue
-                ours = name.startswith(("SAM", "USAM", "ASAM", "Stable", "late", "mSAM"))
+                ours = name.startswith(("SAM", "USAM", "ASAM", "Stable", "late", "mSAM", "mStable"))
                 color = COLORS["optax_sam" if ours else "peer"]
                 axis.plot(
                     row["ratio"], names.index(name), marker, color=color, markersize=6, alpha=0.75, linestyle="none"

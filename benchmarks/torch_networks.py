@@ -2,6 +2,8 @@
 
 # pyright: reportMissingImports=false
 
+import functools
+
 import torch
 from torch import nn
 
@@ -61,7 +63,14 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-NETWORKS = {"MLP": mlp, "CNN": cnn, "ResNet": resnet, "transformer": Transformer}
+NETWORKS = {
+    "MLP": mlp,
+    "CNN": cnn,
+    "ResNet": resnet,
+    "transformer": Transformer,
+    "transformer of width 256, 16 tokens": functools.partial(Transformer, 256, length=16),
+    "transformer of width 256, 64 tokens": functools.partial(Transformer, 256),
+}
 
 
 def make(name: str) -> nn.Module:

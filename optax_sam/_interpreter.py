@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
 from optax_sam import _outer
-from optax_sam._jaxpr import bind, evaluate, type_of
+from optax_sam._jaxpr import bind, evaluate, inner_equations, type_of
 from optax_sam._outer import Base, Lazy
 
 Value = Any  # a shared jax.Array, or one of Each, Full, Lazy, Product
@@ -50,6 +50,9 @@ class Product:
     second: Lazy
 
 
+SLOW = {"conv_general_dilated", "scan", "while"}
+
+
 class Gradient(NamedTuple):
     """The gradient of a weight as a product: K terms of sizes P and Q."""
 
@@ -62,17 +65,22 @@ class Gradient(NamedTuple):
 
 
 def shapes_of_weights(closed: ClosedJaxpr) -> frozenset[tuple[int, ...]]:
-    """The shapes of what a program returns, gradients among it, without the order of axes."""
-    return frozenset(tuple(sorted(aval.shape)) for aval in closed.out_avals)
+    """The shapes of the arrays that a program closes over, params among them, without the order of axes."""
+    return frozenset(tuple(sorted(jnp.shape(x))) for x in closed.consts)
+
+
+def is_weight(aval: Any, shapes: frozenset[tuple[int, ...]]) -> bool:
+    """Whether an array can be the gradient of a weight."""
+    return tuple(sorted(aval.shape)) in shapes and jnp.issubdtype(aval.dtype, np.inexact)
 
 
 def gradient_of(eqn: JaxprEqn, shapes: frozenset[tuple[int, ...]]) -> Gradient | None:
     """What a matrix product is if it has the shape of a weight."""
     (contracted, _), batched = eqn.params["dimension_numbers"]
     out, (left, right) = type_of(eqn.outvars[0]), (type_of(variable).shape for variable in eqn.invars)
-    if any(batched) or tuple(sorted(out.shape)) not in shapes or not jnp.issubdtype(out.dtype, np.inexact):
-        return None
     terms = math.prod(left[axis] for axis in contracted)
+    if any(batched) or not terms or not is_weight(out, shapes):
+        return None
     return Gradient(terms, (math.prod(left) // terms, math.prod(right) // terms))
 
 
@@ -91,8 +99,6 @@ class Interpreter:
         slow: the primitives mapped over micro-batches of which XLA makes loops or grouped convolutions.
         own: the variables of the program that have a value for each micro-batch.
     """
-
-    SLOW = ("conv_general_dilated", "scan", "while")
 
     def __init__(self, size: int, weights: frozenset[tuple[int, ...]], rules: Mapping[str, Callable[..., Any]]):
         self.size, self.weights, self._rules = size, weights, rules
@@ -115,13 +121,17 @@ class Interpreter:
         outputs = NotImplemented if rule is None else rule(self, eqn, *inputs)
         if outputs is NotImplemented:
             inputs = [self.plain(x, name) for x in inputs]
-            if name in self.SLOW and any(isinstance(x, Each) for x in inputs):
-                self.slow.add(name)
+            if any(isinstance(x, Each) for x in inputs):
+                self.slow |= SLOW & {name, *(inner.primitive.name for inner in inner_equations(eqn))}
             outputs = self.mapped(functools.partial(_bind, eqn), *inputs)
         elif not eqn.primitive.multiple_results:
             outputs = [outputs]
         self.own |= {variable for variable, x in zip(eqn.outvars, outputs, strict=True) if isinstance(x, Each)}
         return outputs
+
+    def shapes_of(self, function: Callable[["Interpreter"], Any]) -> Any:
+        """The shapes of what a function makes of an interpreter like this one; nothing is recorded."""
+        return jax.eval_shape(lambda: function(Interpreter(self.size, self.weights, self._rules)))
 
     def mapped(self, function: Callable[..., list[jax.Array]], *inputs: Any) -> list[Any]:
         """A function of arrays, shared or one for each micro-batch."""
@@ -183,7 +193,8 @@ def as_lazy(value: Value, like: Lazy) -> Lazy | None:
         return value
     if isinstance(value, (Each, Full, Product)) or np.shape(value) != like.shape:
         return None
-    return Lazy((Base(jnp.asarray(value)),), (), like.shape, like.dtype)
+    array = value if hasattr(value, "dtype") else jnp.asarray(value)  # or the shape of one
+    return Lazy((Base(array),), (), like.shape, like.dtype)
 
 
 def as_scalar(value: Value) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, subjaxprs
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, jaxprs_in_params, subjaxprs
 
 
 def equations(jaxpr: Jaxpr, *primitives: Primitive) -> Iterator[JaxprEqn]:
@@ -13,6 +13,12 @@ def equations(jaxpr: Jaxpr, *primitives: Primitive) -> Iterator[JaxprEqn]:
             yield eqn
     for inner in subjaxprs(jaxpr):
         yield from equations(inner, *primitives)
+
+
+def inner_equations(eqn: JaxprEqn) -> Iterator[JaxprEqn]:
+    """The equations of the programs in an equation."""
+    for program in jaxprs_in_params(eqn.params):
+        yield from equations(program)
 
 
 def type_of(variable: Any) -> Any:

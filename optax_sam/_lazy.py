@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from optax_sam import _outer
-from optax_sam._axes import axes_of_traffic, vary
+from optax_sam._axes import axes_of_traffic, vary, varying_axes
 from optax_sam._interpreter import (
     Each,
     Full,
@@ -27,9 +27,11 @@ from optax_sam._interpreter import (
     as_scalar,
     gradient_of,
     is_lazy,
+    is_weight,
     is_zero,
 )
 from optax_sam._jaxpr import bind, type_of
+from optax_sam._norms import norm_of_leaves
 from optax_sam._outer import MICRO_BATCH, TERM, Base, Lazy, Outer
 
 
@@ -39,8 +41,8 @@ def lazy_means(
     """The means of the outputs of a program of one micro-batch, of args (M, ...), with shares (M,) if given."""
 
     def mean(value):
-        run.stays_lazy.append(isinstance(value, Lazy))
-        if isinstance(value, Lazy):
+        run.stays_lazy.append(isinstance(value, Lazy) and bool(value.outers))
+        if isinstance(value, Lazy) and jnp.issubdtype(value.dtype, np.inexact):
             return _outer.mean(value, shares, run.size)
         stack = run.stack(run.plain(value, "mean"))
         run.averaged.append(stack.shape[1:])
@@ -89,24 +91,31 @@ def _is_thin(run: Interpreter, gradient: Gradient) -> bool:
 
 def _scatter_add(run: Interpreter, eqn: JaxprEqn, value: Value, indices: Value, updates: Value) -> Value:
     """The gradient of a table: for each example a one at its row, and the gradient of the row."""
-    numbers, out = eqn.params["dimension_numbers"], type_of(eqn.outvars[0])
-    if not is_zero(value) or not isinstance(indices, Each) or not isinstance(updates, Each):
+    out = type_of(eqn.outvars[0])
+    if not is_zero(value) or not isinstance(indices, Each) or not isinstance(updates, Each) or not _adds_rows(eqn):
         return NotImplemented
-    of_rows = (
-        out.ndim == 2
-        and numbers.update_window_dims == (updates.stack.ndim - 2,)
-        and numbers.inserted_window_dims == numbers.scatter_dims_to_operand_dims == (0,)
-        and not numbers.operand_batching_dims
-    )
-    rows, right = jnp.reshape(indices.stack, (run.size, -1)), jnp.reshape(updates.stack, (run.size, -1, out.shape[-1]))
-    if not of_rows or not _is_thin(run, Gradient(rows.shape[1], out.shape)):
+    rows, right = jnp.reshape(indices.stack, (run.size, -1)), jnp.reshape(updates.stack, (run.size, -1, out.shape[1]))
+    if not is_weight(out, run.weights) or not _is_thin(run, Gradient(rows.shape[1], out.shape)):
         return NotImplemented
     if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
         rows = jnp.clip(rows, 0, out.shape[0] - 1)
-    is_there = (rows >= 0) & (rows < out.shape[0])  # others are dropped
-    right = jnp.where(is_there[..., None], right, 0)
-    left = jax.nn.one_hot(rows, out.shape[0], dtype=out.dtype)
-    return Lazy((), (Outer(left, right, (0,), (1,)),), out.shape, out.dtype)
+    is_there = (rows >= 0) & (rows < out.shape[0])
+    right = jnp.where(is_there[..., None], right, 0)  # what is dropped may be NaN, and 0 · NaN is NaN
+    return Lazy(
+        (), (Outer(jax.nn.one_hot(rows, out.shape[0], dtype=out.dtype), right, (0,), (1,)),), out.shape, out.dtype
+    )
+
+
+def _adds_rows(eqn: JaxprEqn) -> bool:
+    """Whether a scatter adds whole rows to a matrix."""
+    numbers, (table, _, updates) = eqn.params["dimension_numbers"], map(type_of, eqn.invars)
+    return (
+        table.ndim == 2
+        and numbers.update_window_dims == (updates.ndim - 1,)
+        and numbers.inserted_window_dims == numbers.scatter_dims_to_operand_dims == (0,)
+        and not numbers.operand_batching_dims
+        and updates.shape[-1] == table.shape[1]
+    )
 
 
 # --- where they are used ---------------------------------------------------------------------------------------------
@@ -120,8 +129,9 @@ def _product(run: Interpreter, eqn: JaxprEqn, a: Value, b: Value) -> Value:
     x = run.plain(x, "dot_general")
     labels, out = _labels(eqn, lazy is a, len(lazy.shape))
     options = {"dtype": type_of(eqn.outvars[0]).dtype, "precision": eqn.params["precision"]}
-    parts = [_outer.applied(outer, run.stack(x), labels, out, **options) for outer in lazy.outers]
-    if any(part is None for part in parts):
+    applied = [_outer.applied(outer, run.stack(x), labels, out, **options) for outer in lazy.outers]
+    parts = [part for part in applied if part is not None]
+    if len(parts) < len(applied):
         return NotImplemented
     return _with_bases(run, eqn, lazy, lambda array: (array, x) if lazy is a else (x, array), parts)
 
@@ -155,12 +165,14 @@ def _gather(run: Interpreter, eqn: JaxprEqn, value: Value, indices: Value) -> Va
         return NotImplemented
     if any({outer.axes, outer.others} != {(0,), (1,)} for outer in value.outers):
         return NotImplemented
+    if [base.scale for base in value.bases] != [None]:  # w, which alone has the value of a row that is not there
+        return NotImplemented
     out = type_of(eqn.outvars[0])
     indices = run.plain(indices, "gather")
     rows, parts = tuple(range(2, 1 + out.ndim)), []
-    for outer in map(_outer.normalized, value.outers):
+    for outer in value.outers:
         (near, _), (far, _) = sorted(outer.sides(), key=lambda side: side[1])
-        params = eqn.params | {"slice_sizes": (1, near.shape[1])}
+        params = eqn.params | {"slice_sizes": (1, near.shape[1]), "fill_value": 0}
         table = Each(near.swapaxes(1, 2))
         [terms] = run.mapped(lambda *own, params=params: [eqn.primitive.bind(*own, **params)], table, indices)
         labels, rights = (MICRO_BATCH, *rows, TERM), (MICRO_BATCH, TERM, 1)
@@ -206,14 +218,16 @@ def _mul(run: Interpreter, eqn: JaxprEqn, a: Value, b: Value) -> Value:
     if not isinstance(a, Lazy):
         return NotImplemented
     if (scalar := as_scalar(b)) is not None:
-        return _outer.scaled(a, scalar)
+        return NotImplemented if jnp.iscomplexobj(scalar) else _outer.scaled(a, scalar)
     b = as_lazy(b, a)
     return NotImplemented if b is None or not (a.outers or b.outers) else Product(a, b)
 
 
 def _div(run: Interpreter, eqn: JaxprEqn, a: Value, b: Value) -> Value:
     scalar = as_scalar(b)
-    return _outer.scaled(a, 1 / scalar) if isinstance(a, Lazy) and scalar is not None else NotImplemented
+    if not isinstance(a, Lazy) or scalar is None or jnp.iscomplexobj(scalar) or is_zero(a):  # 0/0 is not 0
+        return NotImplemented
+    return _outer.scaled(a, 1 / scalar)
 
 
 def _neg(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
@@ -230,17 +244,20 @@ def _power(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
 def _reduce_sum(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
     if not isinstance(value, Product) or len(eqn.params["axes"]) < len(value.first.shape):
         return NotImplemented
+    result = _outer.inner_product(value.first, value.second, run.size)
+    if result is None:
+        return NotImplemented
     run.uses += 1
-    return Each(_outer.inner_product(value.first, value.second, run.size).astype(type_of(eqn.outvars[0]).dtype))
+    return Each(result.astype(type_of(eqn.outvars[0]).dtype))
 
 
 def _select_n(run: Interpreter, eqn: JaxprEqn, which: Value, *cases: Value) -> Value:
-    """A choice of one scalar, as clipping makes it: each case with a scale of 1 or 0."""
+    """A choice by one scalar, as clipping makes it."""
     index, like = as_scalar(which), next((x for x in cases if isinstance(x, Lazy) and x.outers), None)
     sums = [] if like is None else [x for case in cases if (x := as_lazy(case, like)) is not None]
     if index is None or len(sums) < len(cases):
         return NotImplemented
-    return functools.reduce(_outer.total, [_outer.kept(x, index == case) for case, x in enumerate(sums)])
+    return _outer.selected(index, sums)
 
 
 # --- what only passes them on ----------------------------------------------------------------------------------------
@@ -265,7 +282,7 @@ def _broadcast_in_dim(run: Interpreter, eqn: JaxprEqn, value: Value, *sizes: Val
     scalar = as_scalar(value)
     if sizes or not out.shape or scalar is None or isinstance(value, Full):
         return NotImplemented
-    if is_zero(value):
+    if is_zero(value) and jnp.issubdtype(out.dtype, np.inexact):
         return Lazy((), (), out.shape, out.dtype)
     return Full(jnp.asarray(scalar, out.dtype), out.shape)
 
@@ -281,6 +298,8 @@ def _conj(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
 
 def _convert(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
     dtype = eqn.params["new_dtype"]
+    if is_zero(value) and not isinstance(value, Lazy):
+        return np.zeros([], dtype)  # still a constant
     # In float16 a factor can be zero where the product is not.
     if not isinstance(value, Lazy) or not jnp.issubdtype(dtype, np.inexact) or dtype == jnp.float16:
         return NotImplemented
@@ -296,6 +315,10 @@ def _same(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
     return value if isinstance(value, (Lazy, Full, Product)) else NotImplemented
 
 
+def _stop_gradient(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
+    return jax.tree.map(jax.lax.stop_gradient, value) if isinstance(value, (Lazy, Full, Product)) else NotImplemented
+
+
 def _vary(run: Interpreter, eqn: JaxprEqn, value: Value) -> Value:
     axes = eqn.params["axes"]
     return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), value) if is_lazy(value) else NotImplemented
@@ -309,26 +332,31 @@ def _barrier(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
 
 
 def _jit(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    return run.run(eqn.params["jaxpr"], values)
+    is_own = any(isinstance(x, (Each, Full, Lazy, Product)) for x in values)
+    return run.run(eqn.params["jaxpr"], values) if is_own else NotImplemented
 
 
 def _checkpoint(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    if eqn.params["differentiated"] and eqn.params["prevent_cse"]:  # or XLA would keep what it is to compute again
+    if eqn.params["differentiated"] and np.any(
+        eqn.params["prevent_cse"]
+    ):  # or XLA would keep what it is to compute again
         values = jax.lax.optimization_barrier(values)
     return run.run(ClosedJaxpr(eqn.params["jaxpr"], ()), values)
 
 
-def _custom_derivative(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    """A function with a derivative of its own, which nobody takes with respect to what is lazy: a gradient."""
-    return run.run(eqn.params["call_jaxpr"], values) if any(map(is_lazy, values)) else NotImplemented
+def _custom_jvp(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
+    """A norm, whose derivative is right without the rule that it has; other functions keep theirs."""
+    closed = eqn.params["call_jaxpr"]
+    is_norm = [inner.params.get("name") for inner in closed.eqns] == [norm_of_leaves.__name__]
+    return run.run(closed, values) if is_norm and any(map(is_lazy, values)) else NotImplemented
 
 
 def _scan(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    """A loop of two turns over constants, as norms have, as straight-line code."""
+    """Loops of one turn, and of two over constants, as norms have, as straight-line code."""
     closed, length = eqn.params["jaxpr"], eqn.params["length"]
     num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry = values[:num_consts], list(values[num_consts:])
-    if length != 2 or len(carry) > num_carry or not any(map(is_lazy, consts)):
+    if len(carry) > num_carry or not (length == 1 or (length == 2 and any(map(is_lazy, consts)))):
         return NotImplemented
     turns = []
     for _ in range(length):
@@ -337,7 +365,7 @@ def _scan(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
         turns.append([run.plain(x, "scan") for x in turn])
     if eqn.params["reverse"]:
         turns.reverse()
-    return [*carry, *(run.mapped(lambda *pair: [jnp.stack(pair)], *pair)[0] for pair in zip(*turns, strict=True))]
+    return [*carry, *(run.mapped(lambda *own: [jnp.stack(own)], *own)[0] for own in zip(*turns, strict=True))]
 
 
 def _cond(run: Interpreter, eqn: JaxprEqn, index: Value, *values: Value) -> Any:
@@ -358,16 +386,17 @@ def _cond(run: Interpreter, eqn: JaxprEqn, index: Value, *values: Value) -> Any:
 def _cond_of_each(run: Interpreter, branches: Sequence[ClosedJaxpr], indices: jax.Array, values: Any) -> Any:
     """Each branch for all micro-batches, if one of them takes it: norms take a second pass but rarely."""
 
-    def outputs_of(branch):
+    def outputs_of(branch, run=run):
         return [run.stack(run.plain(x, "cond")) for x in run.run(branch, values)]
 
     def if_taken(number, branch):
         if not branch.eqns or axes_of_traffic(branch.jaxpr):
             return outputs_of(branch)
-        zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-        return jax.lax.cond(
-            jnp.any(indices == number), _outer.rarely(lambda: outputs_of(branch)), lambda: zeros(outputs_of(branch))
-        )
+        taken = _outer.rarely(lambda: outputs_of(branch))
+        shapes = run.shapes_of(functools.partial(outputs_of, branch))
+        axes = varying_axes(indices, values)
+        zeros = [vary(jnp.zeros(x.shape, x.dtype), axes) for x in shapes]
+        return jax.lax.cond(jnp.any(indices == number), taken, lambda: zeros)
 
     def choose(index, *cases):
         return jax.lax.select_n(index.astype(jnp.int32), *cases)
@@ -436,9 +465,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "conj": _conj,
     "convert_element_type": _convert,
     "copy": _same,
-    "copy_p": _same,
-    "custom_jvp_call": _custom_derivative,
-    "custom_vjp_call": _custom_derivative,
+    "custom_jvp_call": _custom_jvp,
     "div": _div,
     "dot_general": _dot_general,
     "gather": _gather,
@@ -455,7 +482,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "scatter-add": _scatter_add,
     "select_n": _select_n,
     "square": _power,
-    "stop_gradient": _same,
+    "stop_gradient": _stop_gradient,
     "sub": _sub,
     "transpose": _transpose,
 }

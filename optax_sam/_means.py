@@ -53,6 +53,8 @@ def mean_over_micro_batches(
     def evaluate_part(index, leaves):
         return jax.tree.map(jnp.asarray, evaluate(index, rebuilt(leaves)))
 
+    if strategy == "auto" and not isinstance(indices, Tracer):
+        strategy = "unroll"  # without jit a loop would be compiled in every call
     mean = functools.partial(_mean, evaluate_part, strategy=strategy, may_be_lazy=not saves_memory)
     if group_size is None or group_size == num_micro_batches:
         return mean(indices, stacks, shares)
@@ -76,8 +78,6 @@ def _mean(
     """The mean of evaluate(index, leaves) over micro-batches, or with shares their weighted sum."""
     if strategy == "vmap":
         return mean_of_stack(jax.vmap(evaluate)(indices, stacks), shares)
-    if strategy == "auto" and not isinstance(indices, Tracer):
-        strategy = "unroll"  # without jit a loop would be compiled in every call
     if strategy == "unroll":
         return _sums_in_line(evaluate, range(len(indices)), stacks, shares).means(len(indices), shares)
     is_auto, means = strategy == "auto", None
@@ -105,7 +105,11 @@ def _lazy_mean(
         LOGGER.info("%d micro-batches: a loop, for %s", len(indices), reason)
         return None
     run = Interpreter(len(indices), shapes_of_weights(closed), RULES)
-    lazily = jax.make_jaxpr(functools.partial(lazy_means, run, closed, mean_of_stack))([indices, *stacks], shares)
+    try:
+        lazily = jax.make_jaxpr(functools.partial(lazy_means, run, closed, mean_of_stack))([indices, *stacks], shares)
+    except NotImplementedError as error:  # a primitive that cannot be mapped
+        LOGGER.info("%d micro-batches: a loop, for %s", len(indices), error)
+        return None
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)]
     estimate = plan(run, closed, lazily.jaxpr, names)
     LOGGER.info("%d micro-batches: %s", len(indices), estimate)

@@ -47,7 +47,7 @@ def norm(tree: Any, shards: Declared = ()) -> jax.Array:
     leaves, axes = _wide_leaves(tree, shards)
     if not leaves:
         return jnp.zeros([], jnp.float32)
-    return _norm(leaves, axes, _way(leaves, axes))
+    return norm_of_leaves(leaves, axes, _way(leaves, axes))
 
 
 def vdot(a: Any, b: Any, shards: Declared = ()) -> jax.Array:
@@ -149,15 +149,16 @@ def _way(leaves: list[jax.Array], axes: tuple[Axes, ...]) -> str:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @functools.partial(jax.jit, static_argnums=(1, 2))  # or a branch would be compiled in every call that is not in a jit
-def _norm(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> jax.Array:
+def norm_of_leaves(leaves: list[jax.Array], axes: tuple[Axes, ...], way: str) -> jax.Array:
     first, square = _squares_in_a_loop(leaves, axes) if way == "loop" else _squares(leaves, axes, way)
-    return jnp.sqrt(square) / jnp.where(_fits(first), 1, _scale_for(first))
+    root = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # has a derivative at 0, too
+    return root / jnp.where(_fits(first), 1, _scale_for(first))
 
 
-@_norm.defjvp
+@norm_of_leaves.defjvp
 def _norm_derivative(axes: tuple[Axes, ...], way: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (leaves,), (changes,) = primals, tangents
-    length = _norm(leaves, axes, way)
+    length = norm_of_leaves(leaves, axes, way)
     return length, _sum_of_products(at_length(leaves, length, 1.0), changes, axes)
 
 

@@ -30,7 +30,7 @@ from optax_sam._norms import power_of_two, widen
 Scale = jax.typing.ArrayLike | None  # one for all micro-batches, or (M,); None is 1
 MICRO_BATCH, TERM, OTHER_TERM = 51, 50, 49  # labels of axes in an einsum; those of a value are 0, 1, ...
 GRAM = (MICRO_BATCH, TERM, OTHER_TERM)
-RARELY = "rarely"  # the name of functions that hardly ever run, though they are in the program
+RARELY = "optax_sam_rarely"
 LEAST = 1e-2  # of what a sum of squares would be without cancellation: below, Gram matrices show rounding errors
 
 
@@ -80,11 +80,10 @@ def einsum(*args: Any, dtype: Any, precision: Any = None) -> jax.Array:
 
 
 def times(stack: jax.Array, scale: Scale) -> jax.Array:
-    """Each entry of the stack times its scalar, in the dtype of the stack, or complex if the scalars are."""
+    """Each entry of the stack times its scalar, in the dtype of the stack."""
     if scale is None:
         return stack
-    dtype = np.result_type(stack.dtype, np.complex64) if jnp.iscomplexobj(scale) else stack.dtype
-    return (stack * jnp.reshape(scale, (-1,) + (1,) * (stack.ndim - 1))).astype(dtype)
+    return (stack * jnp.reshape(scale, (-1,) + (1,) * (stack.ndim - 1))).astype(stack.dtype)
 
 
 def scale_product(first: Scale, second: Scale) -> Scale:
@@ -101,20 +100,41 @@ def scaled(value: Lazy, scale: Scale) -> Lazy:
     return value.with_terms(bases, outers)
 
 
-def kept(value: Lazy, condition: jax.Array) -> Lazy:
-    """The sum where a condition, (M,) or one for all, holds, else 0."""
+def selected(index: jax.Array, cases: Sequence[Lazy]) -> Lazy:
+    """The case of each micro-batch, or of all, by index.
 
-    def keep(term):
-        return dataclasses.replace(term, scale=jnp.where(condition, 1.0 if term.scale is None else term.scale, 0))
+    What all cases have is selected by its scale. What some have is replaced by zeros in the others, and not only times
+    0: a case that is not selected may be infinite.
+    """
+    bases, outers = [], []
+    for case, value in enumerate(cases):
+        for base in value.bases:
+            scale = jnp.where(index == case, 1.0 if base.scale is None else base.scale, 0.0)
+            bases.append(dataclasses.replace(base, scale=scale))
+        for outer in value.outers:
+            same = [next((x for x in other.outers if _key(x) == _key(outer)), None) for other in cases]
+            if all(x is not None for x in same):
+                scales = [1.0 if x.scale is None else x.scale for x in same if x is not None]
+                kept = outer if case == 0 else None
+                chosen = functools.reduce(lambda a, b: jnp.where(index == b[0], b[1], a), enumerate(scales), 0.0)
+                outers += [] if kept is None else [dataclasses.replace(outer, scale=chosen)]
+            else:
+                outers.append(
+                    dataclasses.replace(
+                        outer, left=_where(index == case, outer.left), right=_where(index == case, outer.right)
+                    )
+                )
+    return cases[0].with_terms(_merged(bases), outers)
 
-    return value.with_terms(map(keep, value.bases), map(keep, value.outers))
+
+def _where(condition: jax.Array, stack: jax.Array) -> jax.Array:
+    """The stack, with zeros for the micro-batches, or for all, where a condition does not hold."""
+    return jnp.where(jnp.reshape(condition, (-1,) + (1,) * (stack.ndim - 1)), stack, 0)
 
 
 def total(first: Lazy, second: Lazy) -> Lazy:
     """first + second, with one term for the terms of the same arrays."""
-    bases = _merged([*first.bases, *second.bases], lambda base: id(base.array))
-    outers = _merged([*first.outers, *second.outers], lambda outer: (id(outer.left), id(outer.right)))
-    return first.with_terms(bases, outers)
+    return first.with_terms(_merged([*first.bases, *second.bases]), _merged([*first.outers, *second.outers]))
 
 
 def difference(first: Lazy, second: Lazy) -> Lazy:
@@ -122,14 +142,22 @@ def difference(first: Lazy, second: Lazy) -> Lazy:
     return total(first, scaled(second, -1.0))
 
 
-def _merged(terms: Iterable[Any], key: Callable[[Any], Any]) -> Iterable[Any]:
+def _merged(terms: Sequence[Any]) -> Iterable[Any]:
+    """The terms, those of the same arrays as one, without those that cancel."""
     found = {}
     for term in terms:
-        if (same := found.get(key(term))) is not None:
+        if (same := found.get(_key(term))) is not None:
             scale = (1.0 if same.scale is None else same.scale) + (1.0 if term.scale is None else term.scale)
             term = dataclasses.replace(term, scale=scale)
-        found[key(term)] = term
+        found[_key(term)] = term
     return (term for term in found.values() if not isinstance(term.scale, float) or term.scale)
+
+
+def _key(term: Base | Outer) -> Any:
+    """What a term is but for its scale; arrays by identity, which holds as long as somebody has the term."""
+    if isinstance(term, Base):
+        return id(term.array)
+    return id(term.left), id(term.right), term.axes, term.others
 
 
 def multiplied_out(outer: Outer, dtype: Any) -> jax.Array:
@@ -140,33 +168,30 @@ def multiplied_out(outer: Outer, dtype: Any) -> jax.Array:
     return times(product, outer.scale)
 
 
-def normalized(outer: Outer) -> Outer:
-    """The same with factors near 1: products of tiny ones would be zero, and a huge scale infinite on its way."""
-    (left, of_left), (right, of_right) = _unit(outer.left), _unit(outer.right)
-    small, large = jnp.minimum(of_left, of_right), jnp.maximum(of_left, of_right)
-    scale = scale_product(scale_product(outer.scale, small), large)
-    return dataclasses.replace(outer, left=left, right=right, scale=scale)
-
-
-def _unit(factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The factor divided by powers of two, and these, (M,): then its largest elements are near 1."""
-    units = power_of_two(widen(jnp.max(jnp.abs(factor), axis=range(1, factor.ndim), initial=0)))
-    return times(factor, 1 / units), units
-
-
-def applied(outer: Outer, x: jax.Array, x_axes: tuple[int, ...], out: tuple[int, ...], **options: Any) -> Any:
+def applied(
+    outer: Outer, x: jax.Array, x_axes: tuple[int, ...], out: tuple[int, ...], dtype: Any, precision: Any
+) -> jax.Array | None:
     """The product of a stack x with an outer product, contracted over all labels that are not in ``out``.
 
     The rows of x meet one factor, and what comes out the other: (n, P) (P, K) (K, Q). None if the axes do not allow it.
     """
-    outer = normalized(outer)
     for (near, contracted), (far, free) in (outer.sides(), outer.sides()[::-1]):
         if not set(contracted) & set(out) and set(free) <= set(out):
             rows = tuple(axis for axis in x_axes if axis in out and axis != MICRO_BATCH)
-            labels = (MICRO_BATCH, *rows, TERM)
-            terms = times(einsum(x, x_axes, near, (MICRO_BATCH, TERM, *contracted), labels, **options), outer.scale)
-            return einsum(terms, labels, far, (MICRO_BATCH, TERM, *free), out, **options)
+            labels, unit = (MICRO_BATCH, *rows, TERM), unit_of(near)
+            # Divided by the unit first: the product of two gradients of 1e-19 would be zero.
+            wide = np.result_type(dtype, np.float32)  # the terms of float16 weights may exceed it
+            both = MICRO_BATCH, TERM
+            terms = einsum(times(x, 1 / unit), x_axes, near, both + contracted, labels, dtype=wide, precision=precision)
+            terms = times(terms, unit if outer.scale is None else outer.scale * unit)
+            return einsum(terms, labels, far, both + free, out, dtype=wide, precision=precision).astype(dtype)
     return None
+
+
+def unit_of(stack: jax.Array) -> jax.Array:
+    """Powers of two near the largest elements, (M,), but not so small that their inverses are infinite."""
+    largest = widen(jnp.max(jnp.abs(stack), axis=range(1, stack.ndim), initial=0))
+    return jnp.maximum(power_of_two(largest), 2.0**-100)
 
 
 def mean(value: Lazy, shares: jax.Array | None, size: int) -> jax.Array:
@@ -195,55 +220,79 @@ def mean(value: Lazy, shares: jax.Array | None, size: int) -> jax.Array:
 
 
 def rarely(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Names a function so that nobody counts what it takes."""
+    """Wraps a branch that is seldom taken in a jit of this name, which estimates skip."""
     function.__name__ = RARELY
     return jax.jit(function)
 
 
-def inner_product(first: Lazy, second: Lazy, size: int) -> jax.Array:
+def inner_product(first: Lazy, second: Lazy, size: int) -> jax.Array | None:
     """Sums of first · second over all elements, for each micro-batch, (M,) in float32 or wider.
 
-    Gram matrices square the cancellation between terms. Where the result is small among them, what they are the terms
-    of is multiplied out, one micro-batch after another.
+    A Gram matrix squares the cancellation between terms. Where a sum is small among its own terms, both are formed, one
+    micro-batch at a time, and multiplied. None if the axes do not allow Gram matrices.
     """
-    dtype = np.result_type(first.dtype, second.dtype, np.float32)
-    exact = functools.partial(_exact_inner_product, first, second, size, dtype)
+    dtype, is_square = np.result_type(first.dtype, second.dtype, np.float32), first is second
     terms = _terms(first, dtype)
-    others = terms if first is second else _terms(second, dtype)
-    products = [x for a, b in itertools.product(terms, others) if (x := _product_of(a, b, dtype)) is not None]
-    if len(products) < len(terms) * len(others) or jnp.issubdtype(dtype, np.complexfloating):
-        return exact()
-    result = _sum(products, size, dtype)
-    if first is second and sum(map(_count, terms)) == 1:
-        return result  # nothing to cancel
-    bounds = [jnp.sqrt(_sum([_square_of_terms(x, dtype) for x in both], size, dtype)) for both in (terms, others)]
-    bound = bounds[0] * bounds[1]
-    is_accurate = (jnp.abs(result) > LEAST * bound) | (bound == 0)
-    corrected = rarely(lambda: jnp.where(is_accurate, result, exact()))
-    return jax.lax.cond(jnp.all(is_accurate), lambda: result, corrected)
+    others = terms if is_square else _terms(second, dtype)
+    result = _from_grams(terms, others, size, dtype)
+    if result is None or jnp.issubdtype(dtype, np.complexfloating):
+        return None
+    checks = [_is_accurate(terms, result if is_square else None, size, dtype)]
+    checks += [] if is_square else [_is_accurate(others, None, size, dtype)]
+    checks = [check for check in checks if check is not None]
+    if not checks:
+        return result
+    is_accurate = functools.reduce(jnp.logical_and, checks)
 
+    def corrected():
+        return jnp.where(is_accurate, result, _from_sums(first, second, size, dtype))
 
-def _count(term: Base | Outer) -> int:
-    return 1 if isinstance(term, Base) else term.left.shape[1]
-
-
-def _sum(terms: Sequence[jax.Array], size: int, dtype: Any) -> jax.Array:
-    return functools.reduce(jnp.add, terms, jnp.zeros([size], dtype))
+    return jax.lax.cond(jnp.all(is_accurate), lambda: result, rarely(corrected))
 
 
 def _terms(value: Lazy, dtype: Any) -> list[Base | Outer]:
-    """The terms in a dtype, with factors near 1."""
-    terms: list[Base | Outer] = [dataclasses.replace(x, array=x.array.astype(dtype)) for x in value.bases]
-    for outer in map(normalized, value.outers):
-        terms.append(dataclasses.replace(outer, left=outer.left.astype(dtype), right=outer.right.astype(dtype)))
+    """The terms in a dtype, with factors near 1: the squares of tiny ones would be zero."""
+    terms: list[Base | Outer] = []
+    for base in value.bases:
+        array = base.array.astype(dtype)
+        [unit] = unit_of(array[None])
+        terms.append(Base(array / unit, scale_product(base.scale, unit)))
+    for outer in value.outers:
+        left, right = outer.left.astype(dtype), outer.right.astype(dtype)
+        units = unit_of(left), unit_of(right)
+        small, large = jnp.minimum(*units), jnp.maximum(*units)
+        scale = scale_product(scale_product(outer.scale, small), large)
+        left, right = (times(factor, 1 / unit) for factor, unit in zip((left, right), units, strict=True))
+        terms.append(dataclasses.replace(outer, left=left, right=right, scale=scale))
     return terms
+
+
+def _from_grams(
+    terms: Sequence[Base | Outer], others: Sequence[Base | Outer], size: int, dtype: Any
+) -> jax.Array | None:
+    """The inner product by the inner products of all pairs of terms."""
+    products = [_product_of(a, b, dtype) for a, b in itertools.product(terms, others)]
+    known = [x for x in products if x is not None]
+    return functools.reduce(jnp.add, known, jnp.zeros([size], dtype)) if len(known) == len(products) else None
+
+
+def _is_accurate(terms: Sequence[Base | Outer], square: jax.Array | None, size: int, dtype: Any) -> jax.Array | None:
+    """For which micro-batches terms hardly cancel in their sum; None if there is but one.
+
+    ``square`` is the squared norm of the sum by Gram matrices if that is known already.
+    """
+    if sum(1 if isinstance(x, Base) else x.left.shape[1] for x in terms) <= 1:
+        return None
+    square = _from_grams(terms, terms, size, dtype) if square is None else square
+    bound = functools.reduce(jnp.add, [_square_of_terms(x, dtype) for x in terms])
+    return None if square is None else (square > LEAST * bound) | (bound == 0) | ~jnp.isfinite(bound)
 
 
 def _product_of(a: Base | Outer, b: Base | Outer, dtype: Any) -> jax.Array | None:
     """The inner product of two terms; None if their axes do not allow one without multiplying out."""
     precise = {"dtype": dtype, "precision": jax.lax.Precision.HIGHEST}
     if isinstance(a, Base) and isinstance(b, Base):
-        return jnp.sum(a.array * b.array) * _as_array(scale_product(a.scale, b.scale), dtype)
+        return jnp.sum(a.array * b.array) * _as_array(a.scale, dtype) * _as_array(b.scale, dtype)
     if isinstance(a, Base):
         return _product_of(b, a, dtype)
     (left, axes), (right, others) = a.sides()
@@ -260,7 +309,7 @@ def _product_of(a: Base | Outer, b: Base | Outer, dtype: Any) -> jax.Array | Non
             for x, labels, y, more in ((left, axes, b_left, b_axes), (right, others, b_right, b_others))
         ]
         sums = jnp.sum(grams[0] * grams[1], axis=(1, 2))
-    return times(sums, scale_product(a.scale, b.scale))
+    return times(times(sums, a.scale), b.scale)  # one after the other: their product can be infinite
 
 
 def _square_of_terms(term: Base | Outer, dtype: Any) -> jax.Array:
@@ -270,24 +319,23 @@ def _square_of_terms(term: Base | Outer, dtype: Any) -> jax.Array:
     else:
         squares = [jnp.sum(jnp.square(x), axis=range(2, x.ndim)) for x in (term.left, term.right)]
         square = jnp.sum(squares[0] * squares[1], axis=1)
-    return square * _as_array(scale_product(term.scale, term.scale), dtype)
+    return square * _as_array(term.scale, dtype) * _as_array(term.scale, dtype)
 
 
 def _as_array(scale: Scale, dtype: Any) -> jax.Array:
     return jnp.asarray(1.0 if scale is None else scale, dtype)
 
 
-def _exact_inner_product(first: Lazy, second: Lazy, size: int, dtype: Any) -> jax.Array:
-    """The same from the sums themselves, of one micro-batch at a time."""
+def _from_sums(first: Lazy, second: Lazy, size: int, dtype: Any) -> jax.Array:
+    """The inner product of the sums themselves, of one micro-batch at a time."""
 
     def of_one(index):
-        a, b = (_multiplied_out_at(index, value, dtype) for value in (first, second))
-        return jnp.sum(a * b)
+        return jnp.sum(_formed(index, first, dtype) * _formed(index, second, dtype))
 
     return jax.lax.map(of_one, jnp.arange(size))
 
 
-def _multiplied_out_at(index: jax.Array, value: Lazy, dtype: Any) -> jax.Array:
+def _formed(index: jax.Array, value: Lazy, dtype: Any) -> jax.Array:
     """The array of one micro-batch."""
 
     def at(x):

@@ -12,19 +12,32 @@ same where all micro-batches have such arrays at once. ``benchmarks/lazy.py`` me
 these formulas decides whether the lazy program is traced at all, and then the multiply-adds of both programs decide.
 """
 
+import collections
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxprs_in_params
-from jax.extend.core.primitives import dot_general_p
+from jax.extend.core.primitives import dot_general_p, jit_p
 
 from optax_sam._interpreter import Interpreter, gradient_of, shapes_of_weights
 from optax_sam._jaxpr import equations, type_of
 from optax_sam._outer import RARELY
 
 ALPHA, ALPHA_OF_COPIES = 85.0, 400.0
+MATERIALIZED = (
+    "dot_general",
+    "gather",
+    "scatter-add",
+    "reduce_sum",
+    "reduce_max",
+    "concatenate",
+    "sort",
+    "while",
+    "scan",
+)
+MOST_TIME = 0.9  # of what a loop takes: estimates are no better
 MOST_MEMORY = 1.5  # of what one micro-batch of all examples takes
 
 
@@ -50,8 +63,7 @@ class Plan(NamedTuple):
     @property
     def is_lazy(self) -> bool:
         """Whether the lazy program is the better choice."""
-        is_worth_it = self.time < 1 and self.memory <= MOST_MEMORY and bool(self.weights)
-        return is_worth_it and not self.slow and not self.only_accumulates
+        return self.time < MOST_TIME and self.memory <= MOST_MEMORY and not self.slow and not self.only_accumulates
 
     def __str__(self) -> str:
         parts = [
@@ -69,19 +81,26 @@ def why_not_lazy(closed: ClosedJaxpr, stacks: Sequence[jax.Array]) -> str | None
     """Why a program cannot be evaluated for all micro-batches at once, or None."""
     if any(any(jax.typeof(x).sharding.spec) for x in (*closed.consts, *stacks)):
         return "arrays on an Explicit mesh"
-    if any("callback" in eqn.primitive.name for eqn in equations(closed.jaxpr)):
-        return "callbacks"
+    if any(type(effect).__name__ != "NamedAxisEffect" for effect in closed.effects):
+        return "side effects"
+    for eqn in equations(closed.jaxpr):
+        name = eqn.primitive.name
+        if name in ("pure_callback", "ffi_call"):
+            return "callbacks"  # which see one micro-batch
+        if name.startswith("random_") and "rbg" in str(type_of(eqn.invars[0]).dtype):
+            return "rbg keys"  # many at once draw other numbers than one after another
     return None
 
 
 def is_promising(closed: ClosedJaxpr) -> bool:
-    """Whether the lazy program would be faster if no rule declined."""
+    """Whether the lazy program would be faster if no rule declined, and if each gradient were taken twice."""
     if any(eqn.primitive.name == "conv_general_dilated" for eqn in equations(closed.jaxpr)):
         return False
     shapes = shapes_of_weights(closed)
     gradients = [x for eqn in equations(closed.jaxpr, dot_general_p) if (x := gradient_of(eqn, shapes))]
-    lazily = sum(2.5 * x.terms * x.size + 3 * x.terms**2 * sum(x.sizes) for x in gradients)
-    return lazily < sum(3 * x.terms * x.size + ALPHA * x.size for x in gradients)
+    in_a_loop = [3 * x.terms * x.size + ALPHA * x.size for x in gradients]
+    lazily = [2.5 * x.terms * x.size + 3 * x.terms**2 * sum(x.sizes) for x in gradients]
+    return sum(map(min, lazily, in_a_loop)) < MOST_TIME * sum(in_a_loop)
 
 
 def plan(run: Interpreter, closed: ClosedJaxpr, lazily: Jaxpr, names: Sequence[str]) -> Plan:
@@ -111,7 +130,7 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
             total += math.prod(type_of(eqn.outvars[0]).shape) * math.prod(
                 type_of(eqn.invars[0]).shape[axis] for axis in contracted
             )
-        elif eqn.params.get("name") != RARELY:
+        elif eqn.primitive is not jit_p or eqn.params["name"] != RARELY:
             inner = [multiply_adds(program) for program in jaxprs_in_params(eqn.params)]
             turns = eqn.params.get("length", 1)
             total += turns * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
@@ -119,7 +138,11 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
 
 
 def peak_bytes(jaxpr: Jaxpr, size_of: Callable[[Var], int]) -> int:
-    """The most bytes that are alive at once in a program, without its inputs."""
+    """The most bytes that are alive at once in a program, without its inputs.
+
+    What one equation makes element by element for one other is not counted: XLA fuses them.
+    """
+    uses = collections.Counter(variable for eqn in jaxpr.eqns for variable in _variables(eqn.invars))
     last = {variable: number for number, eqn in enumerate(jaxpr.eqns) for variable in _variables(eqn.invars)}
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
     dying: list[list[Var]] = [[] for _ in range(len(jaxpr.eqns) + 1)]
@@ -127,7 +150,8 @@ def peak_bytes(jaxpr: Jaxpr, size_of: Callable[[Var], int]) -> int:
     for number, eqn in enumerate(jaxpr.eqns):
         inside = max((peak_bytes(program, size_of) for program in jaxprs_in_params(eqn.params)), default=0)
         for variable in eqn.outvars:
-            if variable in last:
+            is_fused = eqn.primitive.name not in MATERIALIZED and uses[variable] == 1 and not inside
+            if variable in last and not is_fused:
                 alive += size_of(variable)
                 dying[last[variable]].append(variable)
         peak = max(peak, alive + inside)

@@ -11,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
 from optax_sam import _means
+from optax_sam._outer import rarely
+from optax_sam._plan import multiply_adds, peak_bytes
 from tests.helpers.lazy_networks import NETWORKS, mlp, with_dropout
 from tests.helpers.places import PLACES
 from tests.helpers.problems import assert_close
@@ -79,6 +81,7 @@ def test_numbers_are_those_of_a_loop_and_rules_engage(name, num_micro_batches, i
     assert users_of(interpreter) == network.users
 
 
+MADE = {member.name: member.make(RHO) for member in MEMBERS}
 LINKS = {  # link, and for what its sums are multiplied out
     "usam": (optax_sam.usam(RHO), set()),
     "asam": (optax_sam.asam(RHO), {"mul"}),
@@ -87,17 +90,11 @@ LINKS = {  # link, and for what its sums are multiplied out
     "measured late": (optax_sam.measured(optax_sam.late(optax_sam.sam(RHO), 1)), set()),
     "clipped": (optax.chain(optax_sam.sam(RHO), optax.clip_by_global_norm(0.1)), set()),
     "clipped by element": (optax.chain(optax_sam.sam(RHO), optax.clip(0.01)), {"max"}),
-} | {
-    member.name: (member.make(RHO), users)
-    for member in MEMBERS
-    for name, users in {
-        "sam-masked": set(),
-        "multi-step": set(),
-        "momentum-ascent": set(),
-        "switch_at": set(),
-        "stable_sam-truncated": set(),
-    }.items()
-    if member.name == name
+    "sam-masked": (MADE["sam-masked"], set()),
+    "multi-step": (MADE["multi-step"], set()),
+    "momentum-ascent": (MADE["momentum-ascent"], set()),
+    "switch_at": (MADE["switch_at"], set()),
+    "stable_sam-truncated": (MADE["stable_sam-truncated"], set()),
 }
 
 
@@ -184,7 +181,7 @@ def test_params_sharded_under_jit_are_those_of_one_device(interpreters):
     function = jax.jit(optax_sam.value_and_grad(network.loss_fn, optax_sam.sam(RHO), **options))
     sharded = function(jax.device_put(network.params, shardings), network.batch)
     assert_close(jax.device_get(sharded), jax.device_get(function(network.params, network.batch)))
-    assert [sum(x.stays_lazy) for x in interpreters] == [network.weights] * len(interpreters)
+    assert [sum(x.stays_lazy) for x in interpreters] == [network.weights] * 2
 
 
 @pytest.mark.parametrize("cancellation", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
@@ -260,15 +257,15 @@ def decision(caplog, loss_fn, link, params, batch, **options):
     return caplog.messages
 
 
-def wide(size=64):
-    """A layer that is wider than a micro-batch is large, and its batch."""
-    w, x = jnp.ones((256, 256)), jnp.ones((size, 256))
+def wide():
+    """A layer that is wider than a batch is large, and the batch."""
+    w, x = jnp.ones((512, 512)), jnp.ones((64, 512))
     return lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), w, x
 
 
 def test_auto_takes_outer_products_where_that_is_cheaper(caplog):
-    loss_fn, w, x = wide(256)
-    [few] = decision(caplog, loss_fn, optax_sam.sam(RHO), w, x, num_micro_batches=2)
+    loss_fn, w, x = wide()
+    [few] = decision(caplog, loss_fn, optax_sam.sam(RHO), w, jnp.tile(x, (8, 1)), num_micro_batches=2)
     [many] = decision(caplog, loss_fn, optax_sam.sam(RHO), w, x, num_micro_batches=32)
     assert few.startswith("2 micro-batches: a loop")
     assert many.startswith("32 micro-batches: lazy: lazily 0.")
@@ -302,14 +299,132 @@ def test_auto_takes_a_loop_for_what_is_slow_for_all_micro_batches_at_once(name, 
     assert reason in message
 
 
-def test_callbacks_are_called_for_each_micro_batch_in_a_loop(caplog):
+@pytest.mark.parametrize("strategy", ["scan", "lazy"])
+def test_what_has_effects_sees_one_micro_batch_after_another(strategy, caplog):
+    seen = []
     loss_fn, w, x = wide()
 
     def watched(w, x):
-        return loss_fn(w, x) + jax.pure_callback(lambda x: x.sum() * 0, jax.ShapeDtypeStruct((), x.dtype), x)
+        jax.debug.callback(lambda first: seen.append(float(first)), x[0, 0], ordered=True)
+        return loss_fn(w, x)
 
-    stopped = lambda w, x: watched(jax.lax.stop_gradient(w), x) * 0 + loss_fn(w, x)  # noqa: E731
-    looped, lazy = estimates(stopped, optax_sam.sam(RHO), w, x, num_micro_batches=32)
+    x = x * jnp.arange(64.0)[:, None]
+    [message] = decision(caplog, watched, optax_sam.sam(RHO), w, x, num_micro_batches=4, strategy="lazy")
+    assert message == "4 micro-batches: a loop, for side effects"
+    estimates(watched, optax.identity(), w, x, strategies=[strategy], num_micro_batches=4)
+    jax.effects_barrier()
+    assert seen == [0.0, 16.0, 32.0, 48.0]
+
+
+def test_auto_takes_a_loop_for_memory_alone(caplog):
+    w, x = jnp.ones((64, 64)), jnp.ones((4096, 64))
+    loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
+    [message] = decision(caplog, loss_fn, optax_sam.sam(RHO), w, x, num_micro_batches=2048)
+    time, memory = (float(part.split()[-1]) for part in message.split(" ×")[:2])
+    assert message.startswith("2048 micro-batches: a loop")
+    assert time < 0.9
+    assert memory > 1.5
+
+
+def test_estimates_count_matrix_products_and_arrays():
+    w, x = jnp.ones((8, 8)), jnp.ones((4, 8))
+
+    def program(w, x):
+        y = jax.lax.fori_loop(0, 3, lambda _, y: y @ w, x)  # 3 · 4 · 8 · 8
+        y = jax.lax.cond(y[0, 0] > 0, lambda: y @ w, lambda: y)  # 4 · 8 · 8
+        return jax.lax.cond(y[0, 0] > 0, rarely(lambda: y @ w @ w), lambda: y)  # 0
+
+    jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
+    assert multiply_adds(jaxpr) == 4 * 4 * 8 * 8
+    chain = jax.make_jaxpr(lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w @ w))(w, x).jaxpr
+    assert peak_bytes(chain, lambda variable: variable.aval.size * 4) == 2 * 4 * 4 * 8  # two products at a time
+
+
+# --- where a rule would be wrong, it declines ---
+
+SQUARE = jax.random.normal(jax.random.key(1), (24, 24)) / 4
+TABLE = jax.random.normal(jax.random.key(2), (20, 24))
+ROWS = jax.random.normal(jax.random.key(3), (8, 24))
+TOKENS = jnp.array([1, 1, 5, 0, 19, 3, 2, 7])[:, None]
+
+
+def on_rows(function):
+    return lambda w, x: jnp.mean(jnp.abs(jnp.tanh(x @ function(w))) ** 2)
+
+
+def rows_in_part(w, tokens):
+    numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0,))
+    return jnp.mean(jnp.tanh(jax.lax.gather(w, tokens, numbers, (1, 12), mode="clip")) ** 2)
+
+
+def skipping(updates, state, params=None):
+    is_finite = jnp.isfinite(optax.tree.norm(updates))
+    return jax.tree.map(lambda g: jnp.where(is_finite, g, 0), updates), state
+
+
+@jax.custom_vjp
+def straight_through(w):
+    return jnp.sign(w)
+
+
+straight_through.defvjp(lambda w: (jnp.sign(w), None), lambda _, cotangent: (cotangent,))
+SUMMED = optax.stateless(lambda updates, params: updates + updates.T)
+SKIPPING = optax.GradientTransformation(lambda params: optax.EmptyState(), skipping)
+EVERY_SECOND = optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
+SAM = optax_sam.sam(RHO)
+JOINTS = {
+    "symmetric": (on_rows(lambda w: w + w.T), SAM, SQUARE, ROWS),
+    "antisymmetric": (on_rows(lambda w: w - w.T), SAM, SQUARE, ROWS),
+    "chosen": (lambda w, x: on_rows(lambda w: jnp.where(x[0, 0] > 0, w, 2 * w.T))(w, x), SAM, SQUARE, ROWS),
+    "transposed in the link": (on_rows(lambda w: w), SUMMED, SQUARE, ROWS),
+    "complex": (on_rows(lambda w: w * (1 + 2j)), SAM, SQUARE, ROWS),
+    "reshaped": (on_rows(lambda w: w.reshape(12, 48).reshape(24, 24)), SAM, SQUARE, ROWS),
+    "straight through": (on_rows(straight_through), SAM, SQUARE, ROWS),
+    "fill value": (lambda w, x: jnp.mean(w.at[x + 15].get(mode="fill", fill_value=1) ** 3), SAM, TABLE, TOKENS),
+    "rows in part": (rows_in_part, SAM, TABLE, TOKENS),
+    "empty axis": (lambda w, x: on_rows(lambda w: w)(w, x) + jnp.sum(x[:, :0] @ w[:0]), SAM, SQUARE, ROWS),
+    "not finite": (on_rows(lambda w: w), SKIPPING, SQUARE, ROWS.at[0].set(jnp.inf)),
+    "every second step": (on_rows(lambda w: w), EVERY_SECOND, SQUARE, ROWS),
+    "ragged": (lambda w, x: jnp.mean(jax.lax.ragged_dot(x, w[None], jnp.array([len(x)])) ** 2), SAM, SQUARE, ROWS),
+    "weights far below one": (lambda w, x: on_rows(jnp.tanh)(w, x) * 1e-20 + jnp.sum(w**2), SAM, SQUARE * 1e-20, ROWS),
+}
+
+
+@pytest.mark.parametrize("name", JOINTS)
+def test_rules_decline_where_they_would_be_wrong(name):
+    loss_fn, link, params, batch = JOINTS[name]
+    looped, lazy = estimates(loss_fn, link, params, batch, num_micro_batches=4, steps=2)
+    assert_close([outputs[1] for outputs in lazy], [outputs[1] for outputs in looped])
+
+
+def test_aux_of_whole_numbers_is_that_of_the_first_micro_batch():
+    counts = lambda w, x: (jnp.mean(jnp.tanh(w[x]) ** 2), jnp.zeros((20, 24), int).at[x].add(1))  # noqa: E731
+    looped, lazy = estimates(counts, SAM, TABLE, TOKENS, num_micro_batches=4, has_aux=True)
     assert_close(lazy, looped)
-    [message] = decision(caplog, stopped, optax_sam.sam(RHO), w, x, num_micro_batches=32, strategy="lazy")
-    assert message == "32 micro-batches: a loop, for callbacks"
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_draw_the_same_numbers(impl):
+    def loss_fn(w, x, key):
+        return jnp.mean(jnp.tanh(x @ w) ** 2 * jax.random.uniform(key, (len(x), 24)))
+
+    looped, lazy = estimates(loss_fn, SAM, SQUARE, ROWS, jax.random.key(0, impl=impl), num_micro_batches=4)
+    assert_close(lazy, looped)
+
+
+def test_derivatives_through_the_estimator_are_those_of_a_loop():
+    """One micro-batch has no gradient, and the link cuts the path through ε."""
+    batch = ROWS.at[:2].set(0)
+
+    def after(rho, w, link, strategy):
+        function = optax_sam.value_and_grad(on_rows(lambda w: w), link(rho), num_micro_batches=4, strategy=strategy)
+        return jnp.sum(jnp.sin(function(w, batch)[1]))
+
+    cut = lambda rho: optax_sam.sharpness_aware(  # noqa: E731
+        optax.chain(optax_sam.normalized_ascent(rho), optax.stateless(lambda g, _: jax.lax.stop_gradient(g)))
+    )
+    for link in (optax_sam.sam, cut):
+        looped, lazy = (
+            jax.jit(jax.grad(after, argnums=1), static_argnums=(2, 3))(RHO, SQUARE, link, s) for s in ("scan", "lazy")
+        )
+        assert_close(lazy, looped)

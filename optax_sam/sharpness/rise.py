@@ -153,7 +153,7 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
         def evaluate(_index, micro_batch):
             return rise_of_one(params, rho, micro_batch)
 
-        return mean_over_micro_batches(evaluate, batch, num_micro_batches, "auto")
+        return mean_over_micro_batches(evaluate, batch, num_micro_batches, "auto", saves_memory=False)
 
     return jax.jit(rise)
 

@@ -113,7 +113,7 @@ def of_complex_numbers() -> Network:
     def loss_fn(params, batch):
         return jnp.mean(jnp.abs(batch[0] @ params) ** 2)
 
-    return Network(loss_fn, real + 1j * imaginary, images(20), weights=1, users=frozenset({"imag", "real"}))
+    return Network(loss_fn, real + 1j * imaginary, images(20), weights=0, users=frozenset({"imag", "mul", "real"}))
 
 
 def with_weight_decay() -> Network:

@@ -79,6 +79,20 @@ def test_one_step_is_the_ascent_of_sam():
     np.testing.assert_allclose(found, np.mean([rise(mlp_params(), batch) for batch in BATCHES]), rtol=1e-5)
 
 
+def test_each_example_may_be_a_micro_batch_of_its_own(caplog):
+    w, x = jax.random.normal(jax.random.key(0), (64, 64)) / 8, jax.random.normal(jax.random.key(1), (32, 64))
+    loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
+
+    def rise(example):
+        gradient = jax.grad(loss_fn)(w, example)
+        return loss_fn(w + 0.1 * gradient / jnp.linalg.norm(gradient), example) - loss_fn(w, example)
+
+    with caplog.at_level("INFO", logger="optax_sam"):
+        found = optax_sam.m_sharpness(loss_fn, w, x, 0.1, num_micro_batches=32)
+    np.testing.assert_allclose(found, np.mean([rise(example[None]) for example in x]), rtol=1e-5)
+    assert caplog.messages[-1].startswith("32 micro-batches: lazy")
+
+
 def test_worst_case_on_a_quadratic_in_closed_form():
     points = jnp.zeros((4, 2))
     along = optax_sam.m_sharpness(bowl, jnp.array([1.0, 0.0]), points, rho=0.1)
