@@ -12,7 +12,6 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,7 +55,7 @@ def problem(width: int) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
     return params, (jax.random.normal(keys[3], (BATCH, width)), jnp.arange(BATCH) % 10)
 
 
-def gradient(width: int, strategy: str | None, size: int) -> Callable[..., Any]:
+def gradient(strategy: str | None, size: int) -> Any:
     """The jitted function of params and a batch to loss and gradient: mSAM, or plain without a strategy."""
     if strategy is None:
         return jax.jit(jax.value_and_grad(loss_fn))
@@ -70,9 +69,9 @@ def counts(width: int, strategy: str | None, size: int) -> tuple[float, float, f
     weights = sum(w.size for w in params)
     micro_batch = jax.tree.map(lambda x: x[:size], batch)
     if strategy is None:
-        return _plan.multiply_adds(jax.make_jaxpr(gradient(width, None, size))(params, batch).jaxpr), weights, 0
+        return _plan.multiply_adds(jax.make_jaxpr(gradient(None, size))(params, batch).jaxpr), weights, 0
     if strategy == "lazy":
-        program = jax.make_jaxpr(gradient(width, "lazy", size))(params, batch)
+        program = jax.make_jaxpr(gradient("lazy", size))(params, batch)
         formed = params[-1].size if size * sum(params[-1].shape) >= params[-1].size else 0
         return _plan.multiply_adds(program.jaxpr), 2 * weights, BATCH // size * 2 * formed
     one = _plan.multiply_adds(
@@ -88,7 +87,8 @@ def predicted(count: tuple[float, float, float], alpha: float, alpha_of_copies: 
 
 def cells(width: int) -> list[tuple[str | None, int]]:
     """The strategies and sizes to run: not those that would need too much memory or time."""
-    plain, found = predicted(counts(width, None, 1), _plan.ALPHA, _plan.ALPHA_OF_COPIES), [(None, BATCH)]
+    plain = predicted(counts(width, None, 1), _plan.ALPHA, _plan.ALPHA_OF_COPIES)
+    found: list[tuple[str | None, int]] = [(None, BATCH)]
     for strategy, size in itertools.product(STRATEGIES, SIZES):
         bytes_of_copies = 4 * BATCH // size * 2 * width**2 if strategy == "vmap" else 0
         cost = predicted(counts(width, strategy, size), _plan.ALPHA, _plan.ALPHA_OF_COPIES)
@@ -101,7 +101,7 @@ def measure(width: int, repeats: int) -> list[dict[str, Any]]:
     """Times of one width, interleaved, relative to the plain gradient."""
     arguments, functions = problem(width), {}
     for strategy, size in cells(width):
-        compiled = gradient(width, strategy, size).lower(*arguments).compile()
+        compiled = gradient(strategy, size).lower(*arguments).compile()
         functions[strategy, size] = lambda compiled=compiled: compiled(*arguments)
     seconds = timing.interleaved({str(cell): function for cell, function in functions.items()}, repeats)
     ratios = timing.ratios(seconds, str((None, BATCH)))
