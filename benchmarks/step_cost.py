@@ -169,11 +169,11 @@ def measure(network: str, optimizer: str, precision: str, repeats: int, workers:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """One line per program, fit for 80 columns."""
-    lines = [f"{'':<31}{'ms':>8}{'× plain':>8}{'quartiles':>11}{'compile':>8}{'GFLOP':>7}{'MB':>7}"]
+    """One line per program, fit for 82 columns."""
+    lines = [f"{'':<31}{'ms':>8}{'× plain':>8}{'quartiles':>13}{'compile':>8}{'GFLOP':>7}{'MB':>7}"]
     for name, row in rows.items():
         low, high = row["quartiles"]
-        line = f"{name:<31}{row['milliseconds']:>8.2f}{row['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>11}"
+        line = f"{name:<31}{row['milliseconds']:>8.2f}{row['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>13}"
         if "compile_seconds" in row:
             gigaflops = "" if row["has_loop"] or not row["flops"] else f"{row['flops'] / 1e9:.2f}"
             line += f"{row['compile_seconds']:>6.1f} s{gigaflops:>7}{(row['temporary_bytes'] or 0) / 1e6:>7.1f}"

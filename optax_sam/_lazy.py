@@ -417,12 +417,15 @@ def _form(values: Sequence[Value]) -> Form:
     for value in values:
         if (value := as_lazy(value, like)) is None:
             return Each
-        free = list(map(_kind, terms))
+        free = list(range(len(terms)))
         for term in (*value.bases, *value.outers):
-            if _kind(term) in free:
-                free.remove(_kind(term))
-            else:
+            place = next((i for i in free if _kind(terms[i]) == _kind(term)), None)
+            if place is None:
                 terms.append(term)
+                continue
+            free.remove(place)
+            if term.scale is not None:
+                terms[place] = term  # a place has scales if one of its terms has
     return tuple(terms)
 
 
@@ -442,7 +445,7 @@ def _in_form(run: Interpreter, value: Value, form: Form, axes: frozenset[str]) -
 
 
 def _with_all_terms(run: Interpreter, value: Any, form: tuple[Base | Outer, ...]) -> Lazy:
-    """The sum with zeros for the terms of the form that it does not have, and scales (M,) for all."""
+    """The sum with zeros for the terms of the form that it does not have, and scales (M,) where the form has some."""
     value = value if isinstance(value, Lazy) else Lazy((Base(value),), (), value.shape, value.dtype)
     rest, terms = [*value.bases, *value.outers], []
     for place in form:
@@ -451,8 +454,10 @@ def _with_all_terms(run: Interpreter, value: Any, form: tuple[Base | Outer, ...]
             term = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dataclasses.replace(place, scale=None))
         else:
             rest.remove(term)
-        scale = jnp.asarray(1.0 if term.scale is None else term.scale, jnp.promote_types(value.dtype, np.float32))
-        terms.append(dataclasses.replace(term, scale=jnp.broadcast_to(scale, (run.size,))))
+        if place.scale is not None:
+            scale = jnp.asarray(1.0 if term.scale is None else term.scale, jnp.promote_types(value.dtype, np.float32))
+            term = dataclasses.replace(term, scale=jnp.broadcast_to(scale, (run.size,)))
+        terms.append(term)
     bases = [term for term in terms if isinstance(term, Base)]
     return value.with_terms(bases, [term for term in terms if isinstance(term, Outer)])
 
