@@ -85,7 +85,7 @@ def gradient_of(eqn: JaxprEqn, shapes: frozenset[tuple[int, ...]]) -> Gradient |
 
 
 class Interpreter:
-    """Evaluates programs for M micro-batches, and records what decides about the time that this takes.
+    """Evaluates programs for M micro-batches, and records what its cost depends on.
 
     Attributes:
         size: M.
@@ -93,9 +93,9 @@ class Interpreter:
         lazy: the gradients that became outer products.
         formed: those that are smaller when multiplied out.
         multiplied_out: the primitives for which sums were multiplied out, and these.
-        uses: how often something else than a mean was made of sums.
-        stays_lazy: whether each output was averaged without that.
-        averaged: the shapes of the outputs that were not.
+        uses: the number of products, norms and lookups that were made of sums.
+        stays_lazy: for each output, whether it was averaged as a sum.
+        averaged: the shapes of the outputs averaged as stacks.
         slow: the primitives mapped over micro-batches of which XLA makes loops or grouped convolutions.
         own: the variables of the program that have a value for each micro-batch.
     """

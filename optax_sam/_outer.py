@@ -10,9 +10,9 @@ with them:
     \textstyle\sum_j x_j^\top \delta_j &= [x_1; \dots; x_M]^\top [\delta_1; \dots; \delta_M]
 
 that is, with products of K rows, and one large product for all micro-batches together. None has weights of its own, and
-gradients that only serve to find ε are never formed: so mSAM costs less than SAM.
+gradients that only serve to find ε are never formed. Where K is well below P and Q, mSAM then costs less than SAM.
 
-Here is the arithmetic of such sums; ``_lazy`` finds them in a program.
+This module is the arithmetic of sums of such products; ``_lazy`` finds them in a program.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ import numpy as np
 from optax_sam._norms import power_of_two, widen
 
 Scale = jax.typing.ArrayLike | None  # one for all micro-batches, or (M,); None is 1
-MICRO_BATCH, TERM, OTHER_TERM = 51, 50, 49  # labels of axes in an einsum; those of a value are 0, 1, ...
+MICRO_BATCH, TERM, OTHER_TERM = 51, 50, 49  # labels in an einsum, which takes 52; axes of a value are 0, 1, ...
 GRAM = (MICRO_BATCH, TERM, OTHER_TERM)
 RARELY = "optax_sam_rarely"
-LEAST = 1e-2  # of what a sum of squares would be without cancellation: below, Gram matrices show rounding errors
+LEAST = 1e-2  # of a squared norm without cancellation: below, rounding shows in Gram matrices, and sums are formed
 
 
 @jax.tree_util.register_dataclass

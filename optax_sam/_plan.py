@@ -25,7 +25,7 @@ from optax_sam._interpreter import Interpreter, gradient_of, shapes_of_weights
 from optax_sam._jaxpr import equations, type_of
 from optax_sam._outer import RARELY
 
-ALPHA, ALPHA_OF_COPIES = 50.0, 330.0  # two CPU cores, float32
+ALPHA, ALPHA_OF_COPIES = 80.0, 400.0  # two CPU cores, float32: 50 to 85 and 240 to 480, the more the wider a layer
 MATERIALIZED = (
     "dot_general",
     "gather",
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         slow: primitives in it that are slow for all micro-batches at once.
         weights: outputs that it averages without multiplying out.
         users: primitives for which sums are multiplied out.
-        only_accumulates: whether there is nothing but a mean of gradients, which one takes in parts to save memory.
+        only_accumulates: whether it only averages gradients; a loop then needs less memory.
     """
 
     time: float

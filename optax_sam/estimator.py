@@ -84,6 +84,20 @@ def gradient_estimator(
       This is plain SAM, with gradient accumulation and synchronized devices.
     - ``"device"``: one ε for all the micro-batches of one device; SAM gradients are averaged over devices.
 
+    ``strategy`` says how micro-batches are run. All give the same numbers, to rounding:
+
+    - ``"scan"``: one after another in a loop; memory and compile time do not depend on M.
+    - ``"unroll"``: one after another in straight-line code.
+    - ``"vmap"``: at once, with M copies of the params.
+    - ``"lazy"``: at once, with the gradients of dense layers as outer products that are never multiplied out. Fast
+      where micro-batches are small and layers wide; needs memory for the activations of the whole batch, of both
+      passes. Operations without a rule run as by "vmap"; programs with side effects, callbacks, rbg keys or arrays on
+      an Explicit mesh run in a loop.
+    - ``"auto"``: "unroll" without ``jax.jit``. Under it "lazy", where that is estimated to take less than 0.9 of the
+      time of a loop and at most 1.5 times the memory of one micro-batch of all examples, but never to accumulate
+      gradients (``ascent_per`` "batch" or "device"). Else "scan", two at a time if M > 2 is even and what is averaged
+      is of at most 4 MiB. The logger ``"optax_sam"`` tells the choice and its reasons, at level INFO.
+
     ``loss_fn(params, batch, *args, **kwargs)`` returns the mean loss of the batch, or ``(loss, aux)``. Every leaf of
     ``batch`` has a leading axis of B examples; ``batch_argnums`` names further arguments that have one. The others go
     to every call unchanged, except scalar PRNG keys (``jax.random.key``; legacy ``PRNGKey`` arrays cannot be told from
@@ -122,16 +136,7 @@ def gradient_estimator(
         has_aux: whether loss_fn returns ``(loss, aux)``.
         num_micro_batches: M ≥ 1, a divisor of B.
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
-        strategy: how micro-batches are run; all give the same numbers, to rounding. ``"vmap"``: at once, with M copies
-            of the params. ``"scan"``: one after another in a loop; memory and compile time independent of M.
-            ``"unroll"``: one after another in straight-line code. ``"lazy"``: at once, with the gradients of dense
-            layers as outer products that are never multiplied out; faster than SAM where micro-batches are small and
-            layers wide, in the memory of the whole batch's activations. What it has no rule for is run as by "vmap",
-            and arrays on an Explicit mesh and callbacks in a loop. ``"auto"``: "unroll" without ``jax.jit``; under it
-            "lazy" where that is estimated to take less time than a loop and at most 1.5 times the memory of one
-            micro-batch of all examples, and never to accumulate (``ascent_per`` "batch" or "device"); else "scan", two
-            at a time if M > 2 is even and what is averaged is of at most 4 MiB. The logger ``"optax_sam"`` says at
-            level INFO what was chosen, and why.
+        strategy: how micro-batches are run, one of those above.
         axis_name: axis (or several) whose members hold further parts of the batch, each of M micro-batches: of a
             ``pmap``, ``shard_map`` or ``vmap`` around the call, or of the Explicit mesh that the batch is sharded over.
             Results are averaged over it. Params and state are the same on every member.
