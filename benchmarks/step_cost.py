@@ -15,6 +15,7 @@ import itertools
 import json
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -232,7 +233,8 @@ def draw(tables: list[dict[str, Any]]) -> Figure:
             axis.axvline(cost, color="0.6", linewidth=1, zorder=0)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axis.set(title=network, xlabel="time / plain step")
+        axis.set_title(textwrap.fill(network, 24), fontsize=11)
+        axis.set_xlabel("time / plain step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(names)), names, fontsize=8)

@@ -39,20 +39,20 @@ def custom_jvp(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
 
 
 def scan(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    """Loops of one turn, and of two over constants, as norms have, as straight-line code."""
+    """The loop of a norm, two turns over constants that carry one value and stack another, as straight-line code."""
     closed, length = eqn.params["jaxpr"], eqn.params["length"]
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry = values[:num_consts], list(values[num_consts:])
-    if len(carry) > num_carry or not (length == 1 or (length == 2 and any(map(is_lazy, consts)))):
+    if length != 2 or eqn.params["reverse"] or len(closed.out_avals) != 2 or not any(map(is_lazy, values)):
         return NotImplemented
+    carried, stacked = (type_of(variable).shape for variable in eqn.outvars)
+    slices = [type_of(variable).shape for variable in eqn.invars] != [aval.shape for aval in closed.in_avals]
+    if slices or carried != closed.out_avals[0].shape or stacked != (length, *closed.out_avals[1].shape):
+        return NotImplemented
+    *consts, carry = values
     turns = []
     for _ in range(length):
-        outputs = run.run(closed, [*consts, *carry])
-        carry, turn = outputs[:num_carry], outputs[num_carry:]
-        turns.append([run.plain(x, "scan") for x in turn])
-    if eqn.params["reverse"]:
-        turns.reverse()
-    return [*carry, *(run.mapped(lambda *own: [jnp.stack(own)], *own)[0] for own in zip(*turns, strict=True))]
+        carry, turn = run.run(closed, [*consts, carry])
+        turns.append(run.plain(turn, "scan"))
+    return [carry, *run.mapped(lambda *own: [jnp.stack(own)], *turns)]
 
 
 def cond(run: Interpreter, eqn: JaxprEqn, index: Value, *values: Value) -> Any:

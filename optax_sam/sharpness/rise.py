@@ -145,9 +145,13 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
             projected = optax.projections.projection_l2_ball(optax.tree.add(delta, step), rho)
             return jax.tree.map(lambda d: jnp.where(rho > 0, d, 0), projected), value
 
-        delta, values = jax.lax.scan(canonicalized(climb), optax.tree.zeros_like(params), length=steps)
+        start = optax.tree.zeros_like(params)
+        if steps == 1:  # straight-line code can be evaluated lazily
+            delta, values = climb(start, None)
+        else:
+            delta, values = jax.lax.scan(canonicalized(climb), start, length=steps)
         last = loss_fn(optax.tree.add(params, delta), batch)
-        return jnp.maximum(jnp.max(values), last) - values[0]
+        return jnp.maximum(jnp.max(values), last) - jnp.ravel(values)[0]
 
     def rise(params, rho, batch):
         def evaluate(_index, micro_batch):
