@@ -1,5 +1,6 @@
 """Lazy evaluation: outer products in place of gradients, with the numbers of a loop over micro-batches."""
 
+import functools
 import logging
 
 import jax
@@ -388,6 +389,18 @@ JOINTS = {
     "transposed in the link": (on_rows(lambda w: w), SUMMED, SQUARE, ROWS),
     "complex": (on_rows(lambda w: w * (1 + 2j)), SAM, SQUARE, ROWS),
     "reshaped": (on_rows(lambda w: w.reshape(12, 48).reshape(24, 24)), SAM, SQUARE, ROWS),
+    "product of weights": (on_rows(lambda w: w @ w.T), SAM, SQUARE, ROWS),
+    "product and decay": (lambda w, x: on_rows(lambda w: w @ w)(w, x) + jnp.sum(w**2), SAM, SQUARE, ROWS),
+    "third power": (lambda w, x: on_rows(lambda w: w)(w, x) + jnp.sum(w**3), SAM, SQUARE, ROWS),
+    "barrier": (on_rows(jax.lax.optimization_barrier), SAM, SQUARE, ROWS),
+    "rows of twice a table": (lambda w, x: jnp.mean(jnp.tanh((w + w)[x]) ** 2), SAM, TABLE, TOKENS),
+    "columns": (lambda w, x: jnp.mean(jnp.tanh(w[:, x]) ** 2), SAM, TABLE, TOKENS),
+    "weights or rows": (
+        lambda w, x: on_rows(lambda w: jax.lax.cond(w[0, 0] > 0, lambda: w, lambda: x.T @ x))(w, x),
+        SAM,
+        SQUARE,
+        ROWS,
+    ),
     "straight through": (on_rows(straight_through), SAM, SQUARE, ROWS),
     "fill value": (lambda w, x: jnp.mean(w.at[x + 15].get(mode="fill", fill_value=1) ** 3), SAM, TABLE, TOKENS),
     "rows in part": (rows_in_part, SAM, TABLE, TOKENS),
@@ -404,6 +417,36 @@ def test_rules_decline_where_they_would_be_wrong(name):
     loss_fn, link, params, batch = JOINTS[name]
     looped, lazy = estimates(loss_fn, link, params, batch, num_micro_batches=4, steps=2)
     assert_close([outputs[1] for outputs in lazy], [outputs[1] for outputs in looped])
+
+
+@pytest.mark.parametrize(("dtype", "users"), [("bfloat16", set()), ("float16", {"convert_element_type"})])
+def test_narrow_activations_are_as_accurate_as_in_a_loop(dtype, users, interpreters):
+    def loss_fn(w, x, dtype=dtype):
+        return jnp.mean(jnp.tanh(x.astype(dtype) @ w.astype(dtype)).astype(w.dtype) ** 2)
+
+    looped, lazy = (outputs[0][1] for outputs in estimates(loss_fn, SAM, SQUARE, ROWS, num_micro_batches=4))
+    assert users_of(interpreters[0]) == users
+    with jax.enable_x64(True):
+        wide = functools.partial(loss_fn, dtype=float)
+        [exact] = estimates(
+            wide, SAM, SQUARE.astype(float), ROWS.astype(float), strategies=["scan"], num_micro_batches=4
+        )
+    exact = np.asarray(exact[0][1])
+    errors = [
+        np.linalg.norm(np.asarray(gradient, float) - exact) / np.linalg.norm(exact) for gradient in (looped, lazy)
+    ]
+    assert errors[1] <= 2 * errors[0]
+
+
+def test_a_callback_sees_one_micro_batch(caplog):
+    loss_fn, w, x = wide()
+    shape = jax.ShapeDtypeStruct((), x.dtype)
+
+    def scaled(w, x):
+        return loss_fn(w, x) * jax.pure_callback(lambda x: np.float32(len(x)), shape, jax.lax.stop_gradient(x))
+
+    [message] = decision(caplog, scaled, SAM, w, x, num_micro_batches=4, strategy="lazy")
+    assert message == "4 micro-batches: a loop, for callbacks"
 
 
 def test_aux_of_whole_numbers_is_that_of_the_first_micro_batch():
