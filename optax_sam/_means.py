@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from optax_sam._axes import Axes, is_checked, vary, varying_axes
 from optax_sam._checks import is_float
@@ -23,6 +23,7 @@ from optax_sam._mesh import first_entry, split_leading
 from optax_sam._norms import widen
 from optax_sam._plan import is_promising, plan, why_not_lazy
 
+Traced = tuple[ClosedJaxpr, Any]  # the program of one micro-batch, and the shapes that it returns in their structure
 LOGGER = logging.getLogger("optax_sam")
 Strategy = Literal["auto", "vmap", "scan", "unroll", "lazy"]
 PAIRED_BYTES = 1 << 22  # of what is averaged: two micro-batches a turn save time as long as their sums stay in cache
@@ -64,7 +65,8 @@ def mean_over_micro_batches(
 
     groups = num_micro_batches // group_size
     entries = jax.tree.map(lambda x: split_leading(x, groups), (indices, stacks, shares))
-    return _sums_in_a_loop(evaluate_group, jnp.arange(groups), entries, None, 1).means(groups, shares)
+    traced = jax.make_jaxpr(evaluate_group, return_shape=True)(0, _entry(entries, 0))
+    return _sums_in_a_loop(evaluate_group, traced, jnp.arange(groups), entries, None, 1).means(groups, shares)
 
 
 def _mean(
@@ -80,24 +82,21 @@ def _mean(
         return mean_of_stack(jax.vmap(evaluate)(indices, stacks), shares)
     if strategy == "unroll":
         return _sums_in_line(evaluate, range(len(indices)), stacks, shares).means(len(indices), shares)
+    traced = jax.make_jaxpr(evaluate, return_shape=True)(indices[0], _entry(stacks, 0))
     is_auto, means = strategy == "auto", None
     if strategy == "lazy" or (is_auto and may_be_lazy):
-        means = _lazy_mean(evaluate, indices, stacks, shares, only_if_cheaper=is_auto)
+        means = _lazy_mean(traced, indices, stacks, shares, only_if_cheaper=is_auto)
     if means is None:
-        sums = _sums_in_a_loop(evaluate, indices, stacks, shares, most_at_a_time=2 if is_auto else 1)
+        sums = _sums_in_a_loop(evaluate, traced, indices, stacks, shares, most_at_a_time=2 if is_auto else 1)
         means = sums.means(len(indices), shares)
     return means
 
 
 def _lazy_mean(
-    evaluate: Callable[..., Any],
-    indices: jax.Array,
-    stacks: list[jax.Array],
-    shares: jax.Array | None,
-    only_if_cheaper: bool,
+    traced: Traced, indices: jax.Array, stacks: list[jax.Array], shares: jax.Array | None, only_if_cheaper: bool
 ) -> Any:
     """The same, with gradients of weights as outer products; None where that cannot be or does not pay."""
-    closed, shapes = jax.make_jaxpr(evaluate, return_shape=True)(indices[0], _entry(stacks, 0))
+    closed, shapes = traced
     reason = why_not_lazy(closed, stacks)
     if reason is None and only_if_cheaper and not is_promising(closed):
         reason = "the shapes of its weights"
@@ -153,7 +152,12 @@ class _Sums(NamedTuple):
 
 
 def _sums_in_a_loop(
-    evaluate: Callable[..., Any], indices: jax.Array, stacks: Any, shares: jax.Array | None, most_at_a_time: int
+    evaluate: Callable[..., Any],
+    traced: Traced,
+    indices: jax.Array,
+    stacks: Any,
+    shares: jax.Array | None,
+    most_at_a_time: int,
 ) -> _Sums:
     def add(totals, entry):
         index, leaves, share = entry
@@ -161,7 +165,7 @@ def _sums_in_a_loop(
         return [t + x if is_float(x) else jnp.where(index == 0, x, t) for t, x in zip(totals, terms, strict=True)], None
 
     # From zeros on, not from the first term: a loop that begins behind its first turn is two copies of the program.
-    closed, shapes = jax.make_jaxpr(evaluate, return_shape=True)(indices[0], _entry(stacks, 0))
+    closed, shapes = traced
     zeros = [_zeros(aval, varying_axes(shares)) for aval in closed.out_avals]
     at_a_time = min(most_at_a_time, _at_a_time(len(indices), closed.out_avals))
     totals, _ = jax.lax.scan(canonicalized(add), zeros, (indices, stacks, shares), unroll=at_a_time)

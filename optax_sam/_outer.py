@@ -106,25 +106,30 @@ def selected(index: jax.Array, cases: Sequence[Lazy]) -> Lazy:
     What all cases have is selected by its scale. What some have is replaced by zeros in the others, and not only times
     0: a case that is not selected may be infinite.
     """
-    bases, outers = [], []
-    for case, value in enumerate(cases):
-        for base in value.bases:
-            scale = jnp.where(index == case, 1.0 if base.scale is None else base.scale, 0.0)
-            bases.append(dataclasses.replace(base, scale=scale))
-        for outer in value.outers:
-            same = [next((x for x in other.outers if _key(x) == _key(outer)), None) for other in cases]
-            if all(x is not None for x in same):
-                scales = [1.0 if x.scale is None else x.scale for x in same if x is not None]
-                kept = outer if case == 0 else None
-                chosen = functools.reduce(lambda a, b: jnp.where(index == b[0], b[1], a), enumerate(scales), 0.0)
-                outers += [] if kept is None else [dataclasses.replace(outer, scale=chosen)]
-            else:
-                outers.append(
-                    dataclasses.replace(
-                        outer, left=_where(index == case, outer.left), right=_where(index == case, outer.right)
-                    )
-                )
+    bases = [
+        dataclasses.replace(base, scale=jnp.where(index == case, 1.0 if base.scale is None else base.scale, 0.0))
+        for case, value in enumerate(cases)
+        for base in value.bases
+    ]
+    known = [{_key(outer): outer for outer in value.outers} for value in cases]
+    outers = []
+    for case, terms in enumerate(known):
+        for key, outer in terms.items():
+            if not all(key in others for others in known):
+                left, right = _where(index == case, outer.left), _where(index == case, outer.right)
+                outers.append(dataclasses.replace(outer, left=left, right=right))
+            elif case == 0:
+                scale = _chosen(index, [others[key].scale for others in known])
+                outers.append(dataclasses.replace(outer, scale=scale))
     return cases[0].with_terms(_merged(bases), outers)
+
+
+def _chosen(index: jax.Array, scales: Sequence[Scale]) -> jax.Array:
+    """The scale of each micro-batch, or of all, by index."""
+    result = jnp.asarray(1.0 if scales[0] is None else scales[0])
+    for case, scale in enumerate(scales[1:], start=1):
+        result = jnp.where(index == case, 1.0 if scale is None else scale, result)
+    return result
 
 
 def _where(condition: jax.Array, stack: jax.Array) -> jax.Array:
