@@ -4,7 +4,7 @@
     python -m benchmarks.lazy --fit             # the constants of the cost model that fit these times best
 
 An MLP of two hidden layers on 512 examples, split into 2 to 512 micro-batches, with each strategy, relative to the
-plain gradient. Lines in the figure are what the cost model of ``optax_sam/_plan.py`` says before anything is run.
+plain gradient. Lines in the figure are what the cost model of ``optax_sam/plan.py`` says before anything is run.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import scipy.optimize
 
 import optax_sam
 from benchmarks import timing
-from optax_sam import _plan
+from optax_sam._lazy import plan
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -69,12 +69,12 @@ def counts(width: int, strategy: str | None, size: int) -> tuple[float, float, f
     weights = sum(w.size for w in params)
     micro_batch = jax.tree.map(lambda x: x[:size], batch)
     if strategy is None:
-        return _plan.multiply_adds(jax.make_jaxpr(gradient(None, size))(params, batch).jaxpr), weights, 0
+        return plan.multiply_adds(jax.make_jaxpr(gradient(None, size))(params, batch).jaxpr), weights, 0
     if strategy == "lazy":
         program = jax.make_jaxpr(gradient("lazy", size))(params, batch)
         formed = params[-1].size if size * sum(params[-1].shape) >= params[-1].size else 0
-        return _plan.multiply_adds(program.jaxpr), 2 * weights, BATCH // size * 2 * formed
-    one = _plan.multiply_adds(
+        return plan.multiply_adds(program.jaxpr), 2 * weights, BATCH // size * 2 * formed
+    one = plan.multiply_adds(
         jax.make_jaxpr(optax_sam.value_and_grad(loss_fn, optax_sam.sam(0.05)))(params, micro_batch).jaxpr
     )
     turns = BATCH // size
@@ -87,11 +87,11 @@ def predicted(count: tuple[float, float, float], alpha: float, alpha_of_copies: 
 
 def cells(width: int) -> list[tuple[str | None, int]]:
     """The strategies and sizes to run: not those that would need too much memory or time."""
-    plain = predicted(counts(width, None, 1), _plan.ALPHA, _plan.ALPHA_OF_COPIES)
+    plain = predicted(counts(width, None, 1), plan.ALPHA, plan.ALPHA_OF_COPIES)
     found: list[tuple[str | None, int]] = [(None, BATCH)]
     for strategy, size in itertools.product(STRATEGIES, SIZES):
         bytes_of_copies = 4 * BATCH // size * 2 * width**2 if strategy == "vmap" else 0
-        cost = predicted(counts(width, strategy, size), _plan.ALPHA, _plan.ALPHA_OF_COPIES)
+        cost = predicted(counts(width, strategy, size), plan.ALPHA, plan.ALPHA_OF_COPIES)
         if bytes_of_copies < MOST_COPIES and cost < MOST_TIME * plain:
             found.append((strategy, size))
     return found
@@ -129,7 +129,7 @@ def fit(rows: list[dict[str, Any]]) -> tuple[float, float]:
         ratios = [predicted(row["counts"], *constants) / predicted(plain[row["width"]], *constants) for row in rows]
         return np.log(ratios) - np.log([row["ratio"] for row in rows])
 
-    found = scipy.optimize.least_squares(errors, np.log([_plan.ALPHA, _plan.ALPHA_OF_COPIES]), loss="soft_l1").x
+    found = scipy.optimize.least_squares(errors, np.log([plan.ALPHA, plan.ALPHA_OF_COPIES]), loss="soft_l1").x
     return float(np.exp(found[0])), float(np.exp(found[1]))
 
 
@@ -176,7 +176,7 @@ def main() -> None:
         print("ALPHA, ALPHA_OF_COPIES = {:.0f}, {:.0f}".format(*fit(rows)))
         return
     rows = [row for width in settings.width for row in measure(width, settings.repeats)]
-    constants = _plan.ALPHA, _plan.ALPHA_OF_COPIES
+    constants = plan.ALPHA, plan.ALPHA_OF_COPIES
     plain = {row["width"]: predicted(row["counts"], *constants) for row in rows if row["strategy"] == "plain"}
     for row in rows:
         row["predicted"] = predicted(row["counts"], *constants) / plain[row["width"]]

@@ -126,7 +126,7 @@ def convolutions_as_traced() -> Iterator[None]:
     same = lambda function: function  # noqa: E731
     with (
         mock.patch("optax_sam.switching.canonicalized", same),
-        mock.patch("optax_sam._means.canonicalized", same),
+        mock.patch("optax_sam._micro_batches.canonicalized", same),
     ):
         yield
 

@@ -55,7 +55,7 @@ def _outputs(eqn: JaxprEqn, inputs: list[Any]) -> list[Any]:
     if eqn.primitive is conv_general_dilated_p:
         return [_convolve(*inputs, **eqn.params)]
     if not _convolves_inside(eqn):
-        return bind(eqn, inputs)
+        return bind(eqn, *inputs)
     if eqn.primitive is jit_p:
         return evaluate(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, inputs, _outputs)
     # Still a checkpoint, or what it was to recompute would be kept.

@@ -41,7 +41,7 @@ def evaluate(
     return [read(variable) for variable in jaxpr.outvars]
 
 
-def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+def bind(eqn: JaxprEqn, *inputs: Any) -> list[Any]:
     """The outputs of an equation as it is."""
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))

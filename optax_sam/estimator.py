@@ -37,8 +37,9 @@ from optax_sam._checks import (
     is_float,
 )
 from optax_sam._evaluation import conjugated, explained, loss_and_gradient
-from optax_sam._means import Strategy, leading_size, mean_over_axes, mean_over_micro_batches, weights_of_micro_batches
+from optax_sam._means import leading_size, mean_over_axes
 from optax_sam._mesh import mesh_of_examples, on_each_device
+from optax_sam._micro_batches import Strategy, mean_over_micro_batches, weights_of_micro_batches
 
 AscentPer = Literal["micro_batch", "device", "batch"]
 Params = TypeVar("Params")
@@ -290,7 +291,7 @@ class _Part(NamedTuple):
             estimate.strategy,
             self.weights,
             group_size=estimate.group_size,
-            saves_memory=estimate.ascent_per != "micro_batch",
+            may_be_lazy=estimate.ascent_per == "micro_batch",
         )
 
     def over_devices(self, tree: Any) -> Any:

@@ -99,7 +99,7 @@ def test_flops_of_a_chain_with_stable_sam_are_those_of_two_gradients(loss_fn, pa
 @pytest.mark.heavy
 @pytest.mark.parametrize(("strategy", "ascent_per"), [("scan", "micro_batch"), ("scan", "batch"), ("auto", "batch")])
 def test_memory_and_program_of_a_loop_do_not_grow_with_micro_batches(monkeypatch, strategy, ascent_per):
-    monkeypatch.setattr(optax_sam._means, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
+    monkeypatch.setattr(optax_sam._micro_batches, "PAIRED_BYTES", 1 << 40)  # "auto" is two at a time
     options = {"strategy": strategy, "ascent_per": ascent_per}
     few, many = (compiled(SAM, num_micro_batches=number, **options) for number in (4, 32))
     assert temporary(few) <= temporary(compiled(PLAIN)) + 3

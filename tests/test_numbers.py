@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_sam
-from optax_sam._means import mean_over_micro_batches
+from optax_sam._micro_batches import mean_over_micro_batches
 from tests.helpers import references
 from tests.helpers.problems import assert_identical
 from tests.helpers.registry import RHO, SWITCH, members

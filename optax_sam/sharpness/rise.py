@@ -14,7 +14,8 @@ import optax
 from optax_sam._axes import check_same_members, check_unvarying, varying_axes
 from optax_sam._checks import check_int, check_nonnegative
 from optax_sam._convolution import canonicalized
-from optax_sam._means import leading_size, mean_over_micro_batches
+from optax_sam._means import leading_size
+from optax_sam._micro_batches import mean_over_micro_batches
 from optax_sam.ascent import normalized_ascent
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
@@ -157,7 +158,7 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
         def evaluate(_index, micro_batch):
             return rise_of_one(params, rho, micro_batch)
 
-        return mean_over_micro_batches(evaluate, batch, num_micro_batches, "auto", saves_memory=False)
+        return mean_over_micro_batches(evaluate, batch, num_micro_batches, "auto", may_be_lazy=True)
 
     return jax.jit(rise)
 

@@ -1,5 +1,6 @@
 """Branches: programs in programs, evaluated for all micro-batches; what comes out of a branch has one form in all."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -10,23 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
-from optax_sam import _outer
 from optax_sam._axes import axes_of_traffic, vary, varying_axes
-from optax_sam._interpreter import Each, Full, Interpreter, Product, Value, as_lazy, is_lazy
 from optax_sam._jaxpr import type_of
+from optax_sam._lazy.grams import rarely
+from optax_sam._lazy.interpreter import Interpreter
+from optax_sam._lazy.outer import Base, Lazy, Outer, one_or
+from optax_sam._lazy.values import Each, Value, as_lazy, is_lazy, is_own
 from optax_sam._norms import norm_of_leaves
-from optax_sam._outer import Base, Lazy, Outer
 
 
 def jit(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    is_own = any(isinstance(x, (Each, Full, Lazy, Product)) for x in values)
-    return run.run(eqn.params["jaxpr"], values) if is_own else NotImplemented
+    return run.run(eqn.params["jaxpr"], values) if any(map(is_own, values)) else NotImplemented
 
 
 def checkpoint(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    if eqn.params["differentiated"] and np.any(
-        eqn.params["prevent_cse"]
-    ):  # or XLA would keep what it is to compute again
+    # Without a barrier XLA would keep what it is to compute again.
+    if eqn.params["differentiated"] and np.any(eqn.params["prevent_cse"]):
         values = jax.lax.optimization_barrier(values)
     return run.run(ClosedJaxpr(eqn.params["jaxpr"], ()), values)
 
@@ -39,20 +39,28 @@ def custom_jvp(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
 
 
 def scan(run: Interpreter, eqn: JaxprEqn, *values: Value) -> Any:
-    """The loop of a norm, two turns over constants that carry one value and stack another, as straight-line code."""
-    closed, length = eqn.params["jaxpr"], eqn.params["length"]
-    if length != 2 or eqn.params["reverse"] or len(closed.out_avals) != 2 or not any(map(is_lazy, values)):
-        return NotImplemented
-    carried, stacked = (type_of(variable).shape for variable in eqn.outvars)
-    slices = [type_of(variable).shape for variable in eqn.invars] != [aval.shape for aval in closed.in_avals]
-    if slices or carried != closed.out_avals[0].shape or stacked != (length, *closed.out_avals[1].shape):
+    """The loop of a norm as straight-line code."""
+    if not any(map(is_lazy, values)) or not _is_loop_of_norm(eqn):
         return NotImplemented
     *consts, carry = values
     turns = []
-    for _ in range(length):
-        carry, turn = run.run(closed, [*consts, carry])
+    for _ in range(eqn.params["length"]):
+        carry, turn = run.run(eqn.params["jaxpr"], [*consts, carry])
         turns.append(run.plain(turn, "scan"))
     return [carry, *run.mapped(lambda *own: [jnp.stack(own)], *turns)]
+
+
+def _is_loop_of_norm(eqn: JaxprEqn) -> bool:
+    """Whether a loop is of two turns over constants that carry one value and stack another.
+
+    Told by shapes: the parameters that would say what is carried have changed their names between versions of JAX.
+    """
+    closed, length = eqn.params["jaxpr"], eqn.params["length"]
+    inputs, outputs = ([type_of(variable).shape for variable in part] for part in (eqn.invars, eqn.outvars))
+    of_body = [aval.shape for aval in closed.out_avals]
+    if length != 2 or eqn.params["reverse"] or len(of_body) != 2 or inputs != [aval.shape for aval in closed.in_avals]:
+        return False
+    return outputs == [of_body[0], (length, *of_body[1])]
 
 
 def cond(run: Interpreter, eqn: JaxprEqn, index: Value, *values: Value) -> Any:
@@ -79,7 +87,7 @@ def _cond_of_each(run: Interpreter, branches: Sequence[ClosedJaxpr], indices: ja
     def if_taken(number, branch):
         if not branch.eqns or axes_of_traffic(branch.jaxpr):
             return outputs_of(branch)
-        taken = _outer.rarely(lambda: outputs_of(branch))
+        taken = rarely(lambda: outputs_of(branch))
         shapes = run.shapes_of(functools.partial(outputs_of, branch))
         axes = varying_axes(indices, values)
         zeros = [vary(jnp.zeros(x.shape, x.dtype), axes) for x in shapes]
@@ -92,61 +100,67 @@ def _cond_of_each(run: Interpreter, branches: Sequence[ClosedJaxpr], indices: ja
     return [Each(jax.vmap(choose)(indices, *cases)) for cases in zip(*outputs, strict=True)]
 
 
-Form = tuple[Base | Outer, ...] | type[Each] | None  # the terms of a sum, or one for each, or a shared array
+Form = dict[Any, Base | Outer] | type[Each] | None  # the terms of a sum, or one for each, or a shared array
 
 
 def _form(values: Sequence[Value]) -> Form:
-    """The form that an output has in all branches.
+    """The form that an output has in all branches: of sums all terms that one of them has.
 
     Of ``late(sam(rho), start)`` a branch returns the clean gradients and another the SAM gradients: two sums of one
     outer product each, of the same shapes, so that the form is one such term.
     """
     like = next((x for x in values if isinstance(x, Lazy) and x.outers), None)
     if like is None:
-        return Each if any(isinstance(x, (Each, Full, Product)) for x in values) else None
-    terms: list[Base | Outer] = []
-    for value in values:
-        if (value := as_lazy(value, like)) is None:
-            return Each
-        free = list(range(len(terms)))
-        for term in (*value.bases, *value.outers):
-            place = next((i for i in free if _kind(terms[i]) == _kind(term)), None)
-            if place is None:
-                terms.append(term)
-                continue
-            free.remove(place)
-            if term.scale is not None:
-                terms[place] = term  # a place has scales if one of its terms has
-    return tuple(terms)
+        return Each if any(map(is_own, values)) else None
+    sums: list[Any] = [as_lazy(value, like) for value in values]
+    if None in sums:
+        return Each
+    return _all_terms(sums)
 
 
-def _kind(term: Base | Outer) -> Any:
-    leaves, structure = jax.tree.flatten(dataclasses.replace(term, scale=None))
-    return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+def _all_terms(sums: Sequence[Lazy]) -> dict[Any, Base | Outer]:
+    """The terms that one of the sums has, with scales where one of them has some."""
+    form = {}
+    for value in sums:
+        for place, term in _places(value).items():
+            if place not in form or term.scale is not None:
+                form[place] = term
+    return form
+
+
+def _places(value: Lazy) -> dict[Any, Base | Outer]:
+    """The terms by their kind, and by how many of that kind come before."""
+    count, found = collections.Counter(), {}
+    for term in value.terms:
+        leaves, structure = jax.tree.flatten(dataclasses.replace(term, scale=None))
+        kind = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        found[kind, count[kind]] = term
+        count[kind] += 1
+    return found
 
 
 def _in_form(run: Interpreter, value: Value, form: Form, axes: frozenset[str]) -> Value:
     """The value in that form."""
-    if isinstance(form, tuple):
-        value = _with_all_terms(run, value, form)
+    if isinstance(form, dict):
+        value = _with_all_terms(run, value if isinstance(value, Lazy) else Lazy.of(value), form)
     else:
         value = run.plain(value, "cond")
         value = Each(run.stack(value)) if form is Each else value
     return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), value)
 
 
-def _with_all_terms(run: Interpreter, value: Any, form: tuple[Base | Outer, ...]) -> Lazy:
+def _zeros(like: Base | Outer) -> Any:
+    """A term of zeros."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dataclasses.replace(like, scale=None))
+
+
+def _with_all_terms(run: Interpreter, value: Lazy, form: dict[Any, Base | Outer]) -> Lazy:
     """The sum with zeros for the terms of the form that it does not have, and scales (M,) where the form has some."""
-    value = value if isinstance(value, Lazy) else Lazy((Base(value),), (), value.shape, value.dtype)
-    rest, terms = [*value.bases, *value.outers], []
-    for place in form:
-        term = next((x for x in rest if _kind(x) == _kind(place)), None)
-        if term is None:
-            term = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dataclasses.replace(place, scale=None))
-        else:
-            rest.remove(term)
-        if place.scale is not None:
-            scale = jnp.asarray(1.0 if term.scale is None else term.scale, jnp.promote_types(value.dtype, np.float32))
+    own, terms = _places(value), []
+    for place, like in form.items():
+        term = own[place] if place in own else _zeros(like)
+        if like.scale is not None:
+            scale = jnp.asarray(one_or(term.scale), jnp.promote_types(value.dtype, np.float32))
             term = dataclasses.replace(term, scale=jnp.broadcast_to(scale, (run.size,)))
         terms.append(term)
     bases = [term for term in terms if isinstance(term, Base)]

@@ -5,83 +5,20 @@ A value is an array that all micro-batches share, or one for each (:class:`Each`
 the equation mapped over micro-batches: right, and not faster.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
-from optax_sam import _outer
-from optax_sam._jaxpr import bind, evaluate, inner_equations, type_of
-from optax_sam._outer import Base, Lazy
-
-Value = Any  # a shared jax.Array, or one of Each, Full, Lazy, Product
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Each:
-    """An array for each micro-batch, (M, ...)."""
-
-    stack: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Full:
-    """A scalar, shared or one for each micro-batch, (M,), in all places of an array."""
-
-    scalar: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Product:
-    """The product of two sums, element by element; most are added up next."""
-
-    first: Lazy
-    second: Lazy
-
+from optax_sam._jaxpr import bind, evaluate, inner_equations
+from optax_sam._lazy.gradients import Gradient
+from optax_sam._lazy.outer import Base, Lazy, multiplied_out
+from optax_sam._lazy.values import Each, Full, Product, Value
 
 SLOW = {"conv_general_dilated", "scan", "while"}
-
-
-class Gradient(NamedTuple):
-    """The gradient of a weight as a product: K terms of sizes P and Q."""
-
-    terms: int
-    sizes: tuple[int, int]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.sizes)
-
-
-def shapes_of_weights(closed: ClosedJaxpr) -> frozenset[tuple[int, ...]]:
-    """The shapes of the arrays that a program closes over, params among them, without the order of axes."""
-    return frozenset(tuple(sorted(jnp.shape(x))) for x in closed.consts)
-
-
-def is_weight(aval: Any, shapes: frozenset[tuple[int, ...]]) -> bool:
-    """Whether an array can be the gradient of a weight."""
-    return tuple(sorted(aval.shape)) in shapes and jnp.issubdtype(aval.dtype, np.inexact)
-
-
-def gradient_of(eqn: JaxprEqn, shapes: frozenset[tuple[int, ...]]) -> Gradient | None:
-    """What a matrix product is if it has the shape of a weight."""
-    (contracted, _), batched = eqn.params["dimension_numbers"]
-    out, (left, right) = type_of(eqn.outvars[0]), (type_of(variable).shape for variable in eqn.invars)
-    terms = math.prod(left[axis] for axis in contracted)
-    if any(batched) or not terms or not is_weight(out, shapes):
-        return None
-    return Gradient(terms, (math.prod(left) // terms, math.prod(right) // terms))
 
 
 class Interpreter:
@@ -123,7 +60,7 @@ class Interpreter:
             inputs = [self.plain(x, name) for x in inputs]
             if any(isinstance(x, Each) for x in inputs):
                 self.slow |= SLOW & {name, *(inner.primitive.name for inner in inner_equations(eqn))}
-            outputs = self.mapped(functools.partial(_bind, eqn), *inputs)
+            outputs = self.mapped(functools.partial(bind, eqn), *inputs)
         elif not eqn.primitive.multiple_results:
             outputs = [outputs]
         self.own |= {variable for variable, x in zip(eqn.outvars, outputs, strict=True) if isinstance(x, Each)}
@@ -154,7 +91,7 @@ class Interpreter:
         if value.outers:
             self.multiplied_out.append((user, value))
         terms = [self._multiplied(base) for base in value.bases]
-        terms += [Each(_outer.multiplied_out(outer, value.dtype)) for outer in value.outers]
+        terms += [Each(multiplied_out(outer, value.dtype)) for outer in value.outers]
         if not terms:
             return jnp.zeros(value.shape, value.dtype)
         return functools.reduce(lambda a, b: self.mapped(lambda x, y: [x + y], a, b)[0], terms)
@@ -168,39 +105,3 @@ class Interpreter:
     def stack(self, value: Any) -> jax.Array:
         """A shared array, or one for each micro-batch, as a stack (M, ...)."""
         return value.stack if isinstance(value, Each) else jnp.broadcast_to(value, (self.size, *jnp.shape(value)))
-
-
-def _bind(eqn: JaxprEqn, *inputs: jax.Array) -> list[jax.Array]:
-    return bind(eqn, inputs)
-
-
-def is_lazy(value: Value) -> bool:
-    """Whether the value would have to be multiplied out."""
-    return isinstance(value, Product) or (isinstance(value, Lazy) and bool(value.outers))
-
-
-def is_zero(value: Value) -> bool:
-    """Whether the value is known to be zero: a sum without terms, or a constant."""
-    if isinstance(value, Lazy):
-        return not value.bases and not value.outers
-    is_constant = not isinstance(value, (Each, Full, Product, Tracer)) and not np.ndim(value)
-    return is_constant and jnp.issubdtype(jnp.result_type(value), np.number) and bool(value == 0)
-
-
-def as_lazy(value: Value, like: Lazy) -> Lazy | None:
-    """A sum, or a shared array of the same shape as a sum; None for what is neither."""
-    if isinstance(value, Lazy):
-        return value
-    if isinstance(value, (Each, Full, Product)) or np.shape(value) != like.shape:
-        return None
-    array = value if hasattr(value, "dtype") else jnp.asarray(value)  # or the shape of one
-    return Lazy((Base(array),), (), like.shape, like.dtype)
-
-
-def as_scalar(value: Value) -> Any:
-    """The scalar, shared or (M,), that is in all places of the value; None if there is no such scalar."""
-    if isinstance(value, Full):
-        return value.scalar
-    if isinstance(value, Each):
-        return value.stack if value.stack.ndim == 1 else None
-    return value if not isinstance(value, (Lazy, Product)) and not np.ndim(value) else None

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
-from optax_sam import _means, _norms
-from optax_sam._outer import rarely
-from optax_sam._plan import multiply_adds, peak_bytes
+from optax_sam import _norms
+from optax_sam._lazy import mean
+from optax_sam._lazy.grams import rarely
+from optax_sam._lazy.plan import multiply_adds, peak_bytes
 from tests.helpers.lazy_networks import NETWORKS, mlp, with_dropout
 from tests.helpers.places import PLACES
 from tests.helpers.problems import assert_close
@@ -28,12 +29,12 @@ def interpreters(monkeypatch):
     """The interpreters that evaluated programs, as it happens."""
     found = []
 
-    class Recorded(_means.Interpreter):
+    class Recorded(mean.Interpreter):
         def __init__(self, *args):
             super().__init__(*args)
             found.append(self)
 
-    monkeypatch.setattr(_means, "Interpreter", Recorded)
+    monkeypatch.setattr(mean, "Interpreter", Recorded)
     return found
 
 

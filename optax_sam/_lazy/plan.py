@@ -13,6 +13,7 @@ these formulas decides whether the lazy program is traced at all, and then the m
 """
 
 import collections
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxprs_in_params
 from jax.extend.core.primitives import dot_general_p, jit_p
 
-from optax_sam._interpreter import Interpreter, gradient_of, shapes_of_weights
 from optax_sam._jaxpr import equations, type_of
-from optax_sam._outer import RARELY
+from optax_sam._lazy.gradients import gradient_of, shapes_of_weights
+from optax_sam._lazy.grams import RARELY
+from optax_sam._lazy.interpreter import Interpreter
 
 ALPHA, ALPHA_OF_COPIES = 80.0, 400.0  # two CPU cores, float32: 50 to 85 and 240 to 480, the more the wider a layer
 MATERIALIZED = (
@@ -142,21 +144,26 @@ def peak_bytes(jaxpr: Jaxpr, size_of: Callable[[Var], int]) -> int:
 
     What one equation makes element by element for one other is not counted: XLA fuses them.
     """
-    uses = collections.Counter(variable for eqn in jaxpr.eqns for variable in _variables(eqn.invars))
-    last = {variable: number for number, eqn in enumerate(jaxpr.eqns) for variable in _variables(eqn.invars)}
-    last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
-    dying: list[list[Var]] = [[] for _ in range(len(jaxpr.eqns) + 1)]
-    alive = peak = 0
+    uses, last = _uses(jaxpr)
+    inside = [max((peak_bytes(x, size_of) for x in jaxprs_in_params(eqn.params)), default=0) for eqn in jaxpr.eqns]
+    changes = [0] * (len(jaxpr.eqns) + 2)
     for number, eqn in enumerate(jaxpr.eqns):
-        inside = max((peak_bytes(program, size_of) for program in jaxprs_in_params(eqn.params)), default=0)
+        is_elementwise = eqn.primitive.name not in MATERIALIZED and not inside[number]
         for variable in eqn.outvars:
-            is_fused = eqn.primitive.name not in MATERIALIZED and uses[variable] == 1 and not inside
-            if variable in last and not is_fused:
-                alive += size_of(variable)
-                dying[last[variable]].append(variable)
-        peak = max(peak, alive + inside)
-        alive -= sum(map(size_of, dying[number]))
-    return peak
+            if variable in last and not (is_elementwise and uses[variable] == 1):
+                changes[number] += size_of(variable)
+                changes[last[variable] + 1] -= size_of(variable)
+    return max(map(sum, zip(itertools.accumulate(changes), inside, strict=False)), default=0)
+
+
+def _uses(jaxpr: Jaxpr) -> tuple[collections.Counter[Var], dict[Var, int]]:
+    """How many equations take a variable, and the number of the last of them; for outputs, one more than there are."""
+    uses, last = collections.Counter(), {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        variables = _variables(eqn.invars)
+        uses.update(variables)
+        last |= dict.fromkeys(variables, number)
+    return uses, last | dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
 
 
 def _bytes(variable: Var) -> int:

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_sam import _outer
-from optax_sam._outer import MICRO_BATCH, Base, Lazy, Outer
+from optax_sam._lazy import grams
+from optax_sam._lazy import outer as sums
+from optax_sam._lazy.outer import MICRO_BATCH, Base, Lazy, Outer
 
 M, K, SHAPE = 3, 2, (4, 5, 6)
 RNG = np.random.default_rng(0)
@@ -56,7 +57,7 @@ each_sum = pytest.mark.parametrize("value", SUMS.values(), ids=SUMS)
 
 def cancelling(value, part):
     """The sum less nearly all of what it is, as terms of their own."""
-    opposite = _outer.scaled(value, part - 1)
+    opposite = sums.scaled(value, part - 1)
     bases = [Base(base.array + 0, base.scale) for base in opposite.bases]
     outers = [Outer(x.left + 0, x.right + 0, x.axes, x.others, x.scale) for x in opposite.outers]
     return value.with_terms([*value.bases, *bases], [*value.outers, *outers])
@@ -66,7 +67,7 @@ def cancelling(value, part):
 @pytest.mark.parametrize("part", [None, 1e-1, 1e-3])
 def test_squared_norms(value, part):
     value = value if part is None else cancelling(value, part)
-    found, expected = _outer.inner_product(value, value, M), np.sum(dense(value) ** 2, axis=(1, 2, 3))
+    found, expected = grams.inner_product(value, value, M), np.sum(dense(value) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(found, expected, rtol=1e-5 if part is None else 3e-6 / part)
 
 
@@ -76,7 +77,7 @@ def test_squared_norms(value, part):
 @pytest.mark.parametrize("part", [None, 1e-3])
 def test_inner_products(one, other, part):
     first, second = SUMS[one], SUMS[other] if part is None else cancelling(SUMS[other], part)
-    found, expected = _outer.inner_product(first, second, M), np.sum(dense(first) * dense(second), axis=(1, 2, 3))
+    found, expected = grams.inner_product(first, second, M), np.sum(dense(first) * dense(second), axis=(1, 2, 3))
     if (one, other) in {("one", "scaled"), ("scaled", "one")}:
         assert found is None  # no Gram matrices: the axes are split in another way
     else:
@@ -89,7 +90,7 @@ def test_inner_products(one, other, part):
 def test_means(value, shares):
     weights = np.full(M, 1 / M) if shares is None else shares
     expected = np.einsum("m...,m->...", dense(value), weights)
-    np.testing.assert_allclose(_outer.mean(value, shares, M), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sums.mean(value, shares, M), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_no_share_may_be_anything():
@@ -97,8 +98,8 @@ def test_what_has_no_share_may_be_anything():
     [term] = value.outers
     spoilt = Outer(term.left.at[1].set(jnp.nan), term.right.at[1].set(jnp.inf), term.axes, term.others, term.scale)
     bases = [value.bases[0], Base(value.bases[1].array, jnp.asarray(SCALES).at[1].set(jnp.nan))]
-    found = _outer.mean(value.with_terms(bases, [spoilt]), SHARES, M)
-    np.testing.assert_allclose(found, _outer.mean(value, SHARES, M), rtol=1e-6)
+    found = sums.mean(value.with_terms(bases, [spoilt]), SHARES, M)
+    np.testing.assert_allclose(found, sums.mean(value, SHARES, M), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_products_with_rows(axes, contracted, is_known):
     term = outer(axes, SCALES)
     x = normal(M, 7, *(SHAPE[axis] for axis in contracted))
     free = tuple(axis for axis in range(3) if axis not in contracted)
-    found = _outer.applied(term, x, (MICRO_BATCH, 10, *contracted), (MICRO_BATCH, 10, *free), jnp.float32, None)
+    found = sums.applied(term, x, (MICRO_BATCH, 10, *contracted), (MICRO_BATCH, 10, *free), jnp.float32, None)
     assert (found is not None) == is_known
     if found is not None:
         labels = [9, 10, *contracted], [9, 0, 1, 2], [9, 10, *free]
@@ -120,32 +121,32 @@ def test_products_with_rows(axes, contracted, is_known):
 def test_sums_and_differences_have_one_term_for_the_same_arrays():
     w, term = Base(normal(*SHAPE)), outer((0,), SCALES)
     point, step = lazy([w], [term]), lazy([], [term])
-    left = _outer.difference(point, lazy([w], []))
+    left = sums.difference(point, lazy([w], []))
     assert (len(left.bases), len(left.outers)) == (0, 1)
     np.testing.assert_allclose(dense(left), dense(step))
-    both = _outer.total(point, step)
+    both = sums.total(point, step)
     assert (len(both.bases), len(both.outers)) == (1, 1)
     np.testing.assert_allclose(dense(both), dense(point) + dense(step), rtol=1e-6)
     turned = Outer(term.left, term.right, (2,), (0, 1), term.scale)  # the same arrays, and another value
-    assert len(_outer.total(step, lazy([], [turned])).outers) == 2
+    assert len(sums.total(step, lazy([], [turned])).outers) == 2
 
 
 @pytest.mark.parametrize("index", [jnp.array([0, 1, 1]), jnp.array([True, False, True]), jnp.int32(1)])
 def test_selections_hold_nothing_of_what_was_not_selected(index):
     w, shared, own = Base(normal(*SHAPE)), outer((0,), SCALES), outer((0,))
-    cases = lazy([w], [shared]), lazy([], [_outer.scaled(lazy([], [shared]), 3.0).outers[0], own])
-    found = _outer.selected(index, cases)
+    cases = lazy([w], [shared]), lazy([], [sums.scaled(lazy([], [shared]), 3.0).outers[0], own])
+    found = sums.selected(index, cases)
     chosen = np.broadcast_to(np.asarray(index, int), (M,))
     expected = np.stack([dense(cases[case])[number] for number, case in enumerate(chosen)])
     np.testing.assert_allclose(dense(found), expected, rtol=1e-5, atol=1e-6)
     infinite = Outer(own.left * jnp.inf, own.right, own.axes, own.others)
-    spoilt = _outer.selected(index, (cases[0], cases[1].with_terms([], [cases[1].outers[0], infinite])))
+    spoilt = sums.selected(index, (cases[0], cases[1].with_terms([], [cases[1].outers[0], infinite])))
     kept = dense(spoilt)[chosen == 0]
     np.testing.assert_allclose(kept, expected[chosen == 0], rtol=1e-5, atol=1e-6)
 
 
 def test_units_are_powers_of_two_whose_inverses_are_finite():
-    units = _outer.unit_of(jnp.array([[1e-45], [3e-38], [3.0], [3e38]], jnp.float32))
+    units = sums.unit_of(jnp.array([[1e-45], [3e-38], [3.0], [3e38]], jnp.float32))
     assert np.all(np.isfinite(1 / units))
     np.testing.assert_array_equal(np.log2(units), np.round(np.log2(units)))
     assert 0.4 < 3 / units[2] < 1.1
