@@ -62,7 +62,10 @@ METHODS |= {
     for size in (64, 512)
     for strategy in ("scan", "lazy", "auto")
 }
-METHODS["mStableSAM, M = 64, auto"] = (optax_sam.stable_sam(RHO), {"num_micro_batches": 64})
+METHODS |= {
+    f"mStableSAM, M = 64, {strategy}": (optax_sam.stable_sam(RHO), {"num_micro_batches": 64, "strategy": strategy})
+    for strategy in ("scan", "lazy")
+}
 METHODS["late mSAM, M = 8, before"] = (optax_sam.late(SAM, NEVER), {"num_micro_batches": 8})
 METHODS["late mSAM, M = 8, after"] = (optax_sam.late(SAM, 1), {"num_micro_batches": 8})
 METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]

@@ -95,9 +95,10 @@ def gradient_estimator(
       passes. Operations without a rule run as by "vmap"; programs with side effects, callbacks, rbg keys or arrays on
       an Explicit mesh run in a loop.
     - ``"auto"``: "unroll" without ``jax.jit``. Under it "lazy", where that is estimated to take less than 0.9 of the
-      time of a loop and at most 1.5 times the memory of one micro-batch of all examples, but never to accumulate
-      gradients (``ascent_per`` "batch" or "device"). Else "scan", two at a time if M > 2 is even and what is averaged
-      is of at most 4 MiB. The logger ``"optax_sam"`` tells the choice and its reasons, at level INFO.
+      time of a loop and at most 1.5 times the memory of one micro-batch of all examples (params, gradients and batch
+      included), but never to accumulate gradients (``ascent_per`` "batch" or "device"). Else "scan", two at a time if
+      M > 2 is even and what is averaged is of at most 4 MiB. The logger ``"optax_sam"`` tells the choice and its
+      reasons, at level INFO.
 
     ``loss_fn(params, batch, *args, **kwargs)`` returns the mean loss of the batch, or ``(loss, aux)``. Every leaf of
     ``batch`` has a leading axis of B examples; ``batch_argnums`` names further arguments that have one. The others go
