@@ -4,7 +4,7 @@
     python -m benchmarks.lazy --fit             # the constants of the cost model that fit these times best
 
 An MLP of two hidden layers on 512 examples, split into 2 to 512 micro-batches, with each strategy, relative to the
-plain gradient. Lines in the figure are what the cost model of ``optax_sam/plan.py`` says before anything is run.
+plain gradient. Lines in the figure are what the cost model of ``optax_sam/_lazy/plan.py`` says before anything is run.
 """
 
 import argparse
