@@ -8,13 +8,18 @@ into another, such as the SAM gradient s at w + ε. It stands first in a chain, 
 
 An *ascent* is a transformation from g to the perturbation ε, and a *combinator* makes a link of links.
 
-The papers
-    ``sam``, ``usam``, ``asam``, ``stable_sam``, ``msam``, ``late``
+The papers, at two gradients per step
+    ``sam``, ``usam``, ``asam``, ``stable_sam``, ``msam``, ``gsam``, ``wsam``, ``friendly_sam``, ``vasso``; for their
+    arguments ``rho_by_learning_rate``, ``normalization_layers``, ``no_vectors``
+The papers, cheaper
+    ``late``, ``sam_every``, ``look_sam``, ``ae_sam``; at one gradient ``momentum_sam``, ``lagged_sam``, ``random_sam``
 Ascents, and the link that takes one
-    ``normalized_ascent``, ``unnormalized_ascent``, ``adaptive_ascent``, ``sharpness_aware``
+    ``normalized_ascent``, ``unnormalized_ascent``, ``adaptive_ascent``, ``sharpness_aware``; directions
+    other than g: ``random_direction``, ``less_average``
 Combinators
-    ``renormalized``: s at the length of g. ``micro_batched``: one ε for each micro-batch, then the mean.
-    ``switch_at``, ``switch_by``: which link is active at which step. ``sharded``: norms over shards of the params.
+    ``combined``: of g and s. ``renormalized``: s at the length of g. ``micro_batched``: one ε for each micro-batch,
+    then the mean. ``switch_at``, ``switch_by``, ``switch_on``: which link is active, by the step or by the gradient.
+    ``one_gradient``, ``on_momentum``: without the clean gradient. ``sharded``: norms over shards of the params.
     ``measured``, read by ``measurements``: norms, angle and losses of the last update.
 The estimator, which evaluates the clean gradient, the loss and aux too
     ``value_and_grad``, ``gradient_estimator``: micro-batches, accumulation, weights, several devices.
@@ -26,11 +31,42 @@ How sharp the loss is
 """
 
 from optax_sam._norms import norm, vdot
-from optax_sam.ascent import AscentState, adaptive_ascent, normalized_ascent, unnormalized_ascent
+from optax_sam.ascent import (
+    AscentState,
+    adaptive_ascent,
+    less_average,
+    normalized_ascent,
+    random_direction,
+    unnormalized_ascent,
+)
 from optax_sam.averaging import AveragedState, micro_batched
+from optax_sam.cheaper import (
+    LookSAMState,
+    SquareNormState,
+    ae_sam,
+    lagged_sam,
+    late,
+    look_sam,
+    momentum_sam,
+    random_sam,
+    sam_every,
+)
+from optax_sam.combination import combined
 from optax_sam.estimator import GradientEstimator, gradient_estimator, value_and_grad
-from optax_sam.family import asam, late, msam, sam, stable_sam, usam
+from optax_sam.family import (
+    asam,
+    friendly_sam,
+    gsam,
+    msam,
+    rho_by_learning_rate,
+    sam,
+    stable_sam,
+    usam,
+    vasso,
+    wsam,
+)
 from optax_sam.link import SharpnessAwareState, sharpness_aware
+from optax_sam.masks import no_vectors, normalization_layers
 from optax_sam.measurement import MeasuredState, Measurements, measured, measurements
 from optax_sam.renormalization import renormalized
 from optax_sam.sharding import sharded
@@ -43,7 +79,8 @@ from optax_sam.sharpness import (
     m_sharpness,
     spectral_density,
 )
-from optax_sam.switching import SwitchState, switch_at, switch_by
+from optax_sam.single_pass import MomentumState, on_momentum, one_gradient
+from optax_sam.switching import SwitchState, switch_at, switch_by, switch_on
 
 __version__ = "0.1.0"
 
@@ -51,38 +88,60 @@ __all__ = [
     "AscentState",
     "AveragedState",
     "GradientEstimator",
+    "LookSAMState",
     "MeasuredState",
     "Measurements",
+    "MomentumState",
     "SharpnessAwareState",
+    "SquareNormState",
     "SwitchState",
     "adaptive_ascent",
+    "ae_sam",
     "asam",
     "average_sharpness",
+    "combined",
+    "friendly_sam",
     "gradient_estimator",
+    "gsam",
     "hessian_eigenvalues",
     "hessian_trace",
+    "lagged_sam",
     "late",
+    "less_average",
+    "look_sam",
     "loss_along",
     "loss_surface",
     "m_sharpness",
     "measured",
     "measurements",
     "micro_batched",
+    "momentum_sam",
     "msam",
+    "no_vectors",
     "norm",
+    "normalization_layers",
     "normalized_ascent",
+    "on_momentum",
+    "one_gradient",
+    "random_direction",
+    "random_sam",
     "renormalized",
+    "rho_by_learning_rate",
     "sam",
+    "sam_every",
     "sharded",
     "sharpness_aware",
     "spectral_density",
     "stable_sam",
     "switch_at",
     "switch_by",
+    "switch_on",
     "unnormalized_ascent",
     "usam",
     "value_and_grad",
+    "vasso",
     "vdot",
+    "wsam",
 ]
 
 

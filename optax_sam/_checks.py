@@ -58,11 +58,12 @@ def check_real(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a real scalar; got {value!r}.")
 
 
-def check_nonnegative(name: str, value: Any, *, zero: bool = True) -> None:
+def check_nonnegative(name: str, value: Any, *, zero: bool = True, below: float = np.inf) -> None:
     """Raises unless value is a real scalar and, where that is known, finite and not negative (nor zero)."""
     check_real(name, value)
-    if not isinstance(value, Tracer) and not (0 <= float(value) < np.inf and (zero or value)):
-        raise ValueError(f"{name} must be finite and {'at least' if zero else 'above'} 0; got {name}={value!r}.")
+    if not isinstance(value, Tracer) and not (0 <= float(value) < below and (zero or value)):
+        bound = "finite" if below == np.inf else f"below {below}"
+        raise ValueError(f"{name} must be {bound} and {'at least' if zero else 'above'} 0; got {name}={value!r}.")
 
 
 def is_real(dtype: Any) -> bool:

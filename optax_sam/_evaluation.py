@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import get_opaque_trace_state
 
 from optax_sam._axes import check_same_members
 from optax_sam._checks import check_loss
@@ -80,3 +81,30 @@ def evaluation(
         return loss, gradient
 
     return evaluate
+
+
+class Recorder:
+    """Evaluates the gradients of a link, and keeps the last point, and the loss and aux there.
+
+    ``evaluate`` is a function of a point (and a batch) to loss, aux and gradient.
+    """
+
+    def __init__(self, evaluate: Callable[..., tuple[Any, Any, Any]]):
+        self._evaluate, self._trace = evaluate, get_opaque_trace_state()
+        self.last: tuple[Any, Any, Any] | None = None
+
+    def value_and_grad_fn(self, point: Any, *batch: Any) -> tuple[Any, Any]:
+        """Loss and gradient at a point."""
+        if get_opaque_trace_state() != self._trace:  # a tracer of the branch would leak out of it
+            raise ValueError(
+                "measured(link), one_gradient(link): link evaluates a gradient in a branch, a loop or a map, which no "
+                "loss can leave. Go inside, as in `micro_batched(measured(sam(rho)))`, and of a chain around the "
+                "switch alone."
+            )
+        loss, aux, gradient = self._evaluate(point, *batch)
+        self.last = point, loss, aux
+        return loss, gradient
+
+    def grad_fn(self, point: Any, *batch: Any) -> Any:
+        """The gradient at a point."""
+        return self.value_and_grad_fn(point, *batch)[1]

@@ -47,6 +47,14 @@ def mesh_of(stacks: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(explicit[0]) if explicit else contextlib.nullcontext()
 
 
+def indices_like(stacks: Any, size: int) -> jax.Array:
+    """The numbers 0 to size − 1, spread over an Explicit mesh as the leading axes of the arrays are: for ``vmap``."""
+    indices = jnp.arange(size)
+    shardings = (jax.typeof(leaf).sharding for leaf in jax.tree.leaves(stacks))
+    spread = [NamedSharding(x.mesh, PartitionSpec(x.spec[0])) for x in shardings if x.mesh.explicit_axes]
+    return jax.sharding.reshard(indices, spread[0]) if spread else indices
+
+
 def mesh_of_examples(batch: Any, others: Any, axes: Axes) -> AbstractMesh:
     """The Explicit mesh over whose ``axes`` the leading axis of the batch is sharded, and nothing else."""
     shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch)]

@@ -108,6 +108,24 @@ def scaled(tree: Any, factor: jax.typing.ArrayLike) -> Any:
     return jax.tree.map(scale, tree)
 
 
+def plus(tree: Any, factor: jax.typing.ArrayLike, other: Any) -> Any:
+    """tree + factor · other, added in float32 or wider; dtypes are those of the tree."""
+    terms = scaled(wide(other), factor)
+    return jax.tree.map(lambda x, y: (widen(x) + y).astype(jnp.asarray(x).dtype), tree, terms)
+
+
+def across(tree: Any, other: Any, shards: Declared = ()) -> Any:
+    """The part of a tree across another: x − ⟨x, y⟩/‖y‖² · y; x where y is zero.
+
+    Zero where the two point the same way to rounding: what is left there has no direction.
+    """
+    unit = at_length(wide(other), norm(other, shards), 1.0)
+    rest = plus(tree, -vdot(unit, tree, shards), unit)
+    length = norm(rest, shards)
+    is_rounding = length <= 100 * jnp.finfo(length.dtype).eps * norm(tree, shards)
+    return jax.tree.map(lambda x: jnp.where(is_rounding, 0, x), rest)
+
+
 def wide(tree: Any) -> Any:
     """The tree with leaves of float32 (complex64) or wider."""
     return jax.tree.map(widen, tree)

@@ -6,6 +6,7 @@ climbs along an average of gradients, and ``optax.chain(optax.freeze(mask), norm
 leaves alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._axes import Declared
+from optax_sam._axes import Declared, axes_of_leaves, vary, varying_axes
 from optax_sam._checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real
-from optax_sam._norms import at_length, norm, scaled, widen
+from optax_sam._norms import at_length, norm, plus, scaled, widen
 
 
 class AscentState(NamedTuple):
-    """State of an ascent whose rho follows a schedule.
+    """State of an ascent whose rho follows a schedule, or of a random direction.
 
     Attributes:
-        ascent_step: int32 scalar, the number of updates so far; the schedule's argument.
+        ascent_step: int32 scalar, the number of updates so far.
     """
 
     ascent_step: jax.Array
@@ -143,6 +144,98 @@ def adaptive_ascent(
         return jax.tree.map(lambda t, e, g: (t * e).astype(jnp.asarray(g).dtype), widths, climb, updates)
 
     return _ascent(rho, perturbation)
+
+
+def random_direction(key: jax.Array | int) -> optax.GradientTransformationExtraArgs:
+    r"""Gaussian noise in place of the gradient.
+
+    .. math::
+        z \sim \mathcal N(0, 1)
+
+    ``optax.chain(random_direction(key), normalized_ascent(rho))`` is an ascent in a random direction. The noise is new
+    in each update, in each micro-batch and in each shard.
+
+    Args:
+        key: a PRNG key, or a seed.
+
+    Returns:
+        An ``optax.GradientTransformation`` from g to z; shapes and dtypes of the leaves are kept.
+
+    Example:
+        >>> noise = random_direction(key=0)
+        >>> z, _ = noise.update(jnp.ones(10_000), noise.init(jnp.ones(10_000)))
+        >>> print(f"{jnp.std(z):.1f}")
+        1.0
+    """
+
+    def init(params):
+        del params
+        return AscentState(ascent_step=jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, *, shards=(), micro_batch=(), **extra_args):
+        del params, extra_args
+        start = jax.random.key(key) if isinstance(key, int) else key
+        own = functools.reduce(jax.random.fold_in, micro_batch, jax.random.fold_in(start, state.ascent_step))
+        leaves, structure = jax.tree.flatten(updates)
+        noise = []
+        for number, (leaf, axes) in enumerate(zip(leaves, axes_of_leaves(updates, shards), strict=True)):
+            of_leaf = jax.random.fold_in(own, number)
+            of_leaf = jax.random.fold_in(of_leaf, jax.lax.axis_index(axes)) if axes else of_leaf
+            drawn = jax.random.normal(of_leaf, jnp.shape(leaf), widen(leaf).dtype)
+            noise.append(vary(drawn.astype(jnp.asarray(leaf).dtype), varying_axes(leaf)))
+        next_step = jnp.asarray(optax.safe_increment(state.ascent_step))
+        return structure.unflatten(noise), AscentState(ascent_step=next_step)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def less_average(sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike = 0.9) -> optax.GradientTransformation:
+    r"""The gradient less its average over the steps before.
+
+    .. math::
+        d_t = g_t - \sigma m_t, \qquad m_{t+1} = \beta m_t + (1 - \beta) g_t, \qquad m_1 = g_0, \quad d_0 = g_0
+
+    What is left is the part that batches do not share: ``optax.chain(less_average(), normalized_ascent(rho))``.
+
+    Args:
+        sigma: σ, a real scalar.
+        decay: β, a scalar in [0, 1).
+
+    Returns:
+        An ``optax.GradientTransformation`` from g to d; shapes and dtypes of the leaves are kept.
+
+    Raises:
+        TypeError: sigma or decay is not a real scalar.
+        ValueError: decay is a negative or non-finite number.
+
+    Example:
+        >>> noise = less_average(decay=0.5)
+        >>> state = noise.init(jnp.float32(0.0))
+        >>> for gradient in (1.0, 2.0, 3.0):
+        ...     direction, state = noise.update(jnp.float32(gradient), state)
+        ...     print(direction)
+        1.0
+        1.0
+        1.5
+
+    Reference:
+        Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
+    """
+    check_real("sigma", sigma)
+    check_nonnegative("decay", decay)
+
+    def init(params):
+        return optax.EmaState(count=jnp.zeros([], jnp.int32), ema=optax.tree.zeros_like(params))
+
+    def update(updates, state, params=None):
+        del params
+        direction = plus(updates, -1 * sigma, state.ema)
+        average = plus(scaled(state.ema, decay), 1 - decay, updates)
+        average = jax.tree.map(lambda g, m: jnp.where(state.count == 0, g, m), updates, average)
+        average = optax.tree.cast_like(average, state.ema)
+        return direction, optax.EmaState(count=jnp.asarray(optax.safe_increment(state.count)), ema=average)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _ascent(

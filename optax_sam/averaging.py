@@ -14,7 +14,7 @@ import optax
 from optax_sam._axes import Axes, AxisNames, as_axes, check_unvarying, is_checked, shown, varying_axes
 from optax_sam._checks import as_link, check_alike, check_state
 from optax_sam._means import leading_size, mean_of_stack, mean_over_axes
-from optax_sam._mesh import mesh_of
+from optax_sam._mesh import indices_like, mesh_of
 
 
 class AveragedState(NamedTuple):
@@ -81,21 +81,24 @@ def micro_batched(
     def init(params):
         return AveragedState(inner.init(params), over)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, micro_batch=(), **extra_args):
         check_state(state, AveragedState)
 
-        def of_one(gradient, **own):
-            return inner.update(gradient, state.link_state, params, **extra_args | own)
+        def of_one(index, gradient, **own):
+            place = (*micro_batch, index)  # by which what is drawn at random differs
+            return inner.update(gradient, state.link_state, params, micro_batch=place, **extra_args | own)
 
         if axes is None:
             batch = extra_args.pop("batch", None)
-            _check_stacked(updates, batch, params, extra_args)
+            size = _size_of_stack(updates, batch, params, extra_args)
             with mesh_of(updates):
-                outputs, link_state = mean_of_stack(jax.vmap(lambda g, b: of_one(g, batch=b))(updates, batch))
+                indices = indices_like(updates, size)
+                results = jax.vmap(lambda index, g, b: of_one(index, g, batch=b))(indices, updates, batch)
+            outputs, link_state = mean_of_stack(results)
         else:
             check_unvarying(params, axes)
             _check_own(updates, axes)
-            outputs, link_state = mean_over_axes(of_one(updates), axes)
+            outputs, link_state = mean_over_axes(of_one(jax.lax.axis_index(axes), updates), axes)
         return outputs, AveragedState(link_state, over)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -128,14 +131,15 @@ def _check_own(updates: Any, axes: Axes) -> None:
         )
 
 
-def _check_stacked(updates: Any, batch: Any, params: Any, keywords: Any) -> None:
-    """Raises unless updates and batch have one common leading axis, in updates in front of the shapes of the params."""
+def _size_of_stack(updates: Any, batch: Any, params: Any, keywords: Any) -> int:
+    """M; raises unless updates and batch have one common leading axis, in updates in front of the params' shapes."""
     if batch is None and any(keywords.get(name) is not None for name in ("grad_fn", "value_fn")):
         raise ValueError(
             "micro_batched got no batch. In a chain pass `grad_fn=jax.grad(loss_fn), batch=batch`, with a leading axis "
             "of micro-batches; the estimator splits the batch itself, and wants sam(rho) in place of msam(rho)."
         )
-    leading_size(updates=updates, batch=batch)
+    size = leading_size(updates=updates, batch=batch)
     if params is not None:
         one = jax.tree.map(lambda x: np.broadcast_to(0, jnp.shape(x)[1:]), updates)
         check_alike("updates, behind their leading axis of micro-batches,", one, "params", params)
+    return size or 1

@@ -36,16 +36,15 @@ from optax_sam._checks import (
     check_real,
     is_float,
 )
-from optax_sam._evaluation import conjugated, explained, loss_and_gradient
+from optax_sam._evaluation import Recorder, conjugated, explained, loss_and_gradient
 from optax_sam._means import leading_size, mean_over_axes
 from optax_sam._mesh import mesh_of_examples, on_each_device
 from optax_sam._micro_batches import Strategy, mean_over_micro_batches, weights_of_micro_batches
+from optax_sam.single_pass import OneGradient
 
 AscentPer = Literal["micro_batch", "device", "batch"]
 Params = TypeVar("Params")
 Value = TypeVar("Value")  # what loss_fn returns: the loss, or (loss, aux)
-LossFn = Callable[[Any], tuple[Any, Any]]  # of one micro-batch: from params alone to the loss and aux
-Evaluate = Callable[[LossFn], Any]
 EVERYTHING, LOSS_AND_GRADIENT, GRADIENT = slice(None), slice(0, 3, 2), 2  # of (loss, aux, gradient)
 
 
@@ -106,9 +105,10 @@ def gradient_estimator(
     data): these are folded with the index of the micro-batch (counted over all devices) where there is more than one,
     so that micro-batches draw different dropout masks, and the two passes of one micro-batch the same.
 
-    Loss and aux are those of the clean pass, averaged over micro-batches and devices. Aux leaves that are not float are
-    those of the first micro-batch, so return a count as a float mean, ``jnp.mean(logits.argmax(-1) == labels)``. What
-    aux holds for each example does not survive an average: evaluate that outside.
+    Loss and aux are those of the clean pass, averaged over micro-batches and devices; for a link without one, such as
+    ``momentum_sam``, those at w + ε. Aux leaves that are not float are those of the first micro-batch, so return a
+    count as a float mean, ``jnp.mean(logits.argmax(-1) == labels)``. What aux holds for each example does not survive
+    an average: evaluate that outside.
 
     .. math::
         \bar x = \sum_j m_j x_j \Big/ \sum_j m_j
@@ -249,7 +249,8 @@ class _Estimate(NamedTuple):
             case "micro_batch":
                 results = part.over_all(part.link_on_one)
             case "device":
-                results = part.over_devices(part.link_on(part.over_micro_batches))
+                place = (jax.lax.axis_index(self.axes),)
+                results = part.over_devices(part.link_on(part.over_micro_batches, place))
             case "batch":
                 return part.link_on(part.over_all)
         return part.keeping_state_of_padding(results)
@@ -269,6 +270,16 @@ class _Estimate(NamedTuple):
                 )
 
 
+class _MicroBatch(NamedTuple):
+    """A micro-batch as a function of params to the loss and aux, and its place, the index among others if there are."""
+
+    loss_fn: Callable[[Any], tuple[Any, Any]]
+    place: tuple[Any, ...]
+
+
+Evaluate = Callable[[_MicroBatch], Any]
+
+
 class _Part(NamedTuple):
     """What one program sees of an estimate, and means over it; ``weights`` are those of its micro-batches, if any."""
 
@@ -279,10 +290,10 @@ class _Part(NamedTuple):
     weights: jax.Array | None
 
     def over_micro_batches(self, evaluate: Evaluate) -> Any:
-        """The mean of ``evaluate(loss_fn)`` over the loss functions of the micro-batches, which take params alone."""
+        """The mean of ``evaluate(micro_batch)`` over those of this part."""
 
         def evaluate_micro_batch(index, batch):
-            return evaluate(self._loss_of(index, batch))
+            return evaluate(self._micro_batch(index, batch))
 
         estimate = self.estimate
         return mean_over_micro_batches(
@@ -300,15 +311,15 @@ class _Part(NamedTuple):
         return mean_over_axes(tree, self.estimate.axes, None if self.weights is None else jnp.sum(self.weights))
 
     def over_all(self, evaluate: Evaluate) -> Any:
-        """The mean of ``evaluate(loss_fn)`` over the micro-batches of all devices."""
+        """The mean of ``evaluate(micro_batch)`` over those of all devices."""
         return self.over_devices(self.over_micro_batches(evaluate))
 
-    def link_on_one(self, loss_fn: LossFn) -> tuple[Any, Any, Any]:
-        """``link_on`` a single loss function."""
-        return self.link_on(functools.partial(_evaluated_on, loss_fn))
+    def link_on_one(self, micro_batch: _MicroBatch) -> tuple[Any, Any, Any]:
+        """``link_on`` a single micro-batch."""
+        return self.link_on(functools.partial(_evaluated_on, micro_batch), micro_batch.place)
 
-    def link_on(self, mean: Callable[[Evaluate], Any]) -> tuple[Any, Any, Any]:
-        """Value, gradient and state of the link, with one ε for all the loss functions that ``mean`` runs over."""
+    def link_on(self, mean: Callable[[Evaluate], Any], place: tuple[Any, ...] = ()) -> tuple[Any, Any, Any]:
+        """Value, gradient and state of the link, with one ε for all the micro-batches that ``mean`` runs over."""
 
         def grad_fn(point):
             return mean(functools.partial(self._evaluated, point, GRADIENT))
@@ -316,16 +327,32 @@ class _Part(NamedTuple):
         def value_and_grad_fn(point):
             return mean(functools.partial(self._evaluated, point, LOSS_AND_GRADIENT))
 
-        loss, aux, clean = mean(functools.partial(self._evaluated, self.params, EVERYTHING))
-        check_same_members("what loss_fn returns", loss, clean, self.params)
-        keywords = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
-        outputs, state = self.estimate.link.update(clean, self.state, self.params, **keywords)
+        def evaluate(point):
+            loss, aux, gradient = mean(functools.partial(self._evaluated, point, EVERYTHING))
+            check_same_members("what loss_fn returns", loss, gradient, self.params)
+            return loss, aux, gradient
+
+        if isinstance(self.estimate.link, OneGradient):
+            recorder = Recorder(evaluate)
+            outputs, state = self._update_alone(recorder, place)
+            _, loss, aux = recorder.last or (None, None, None)
+            check_loss("that of one_gradient(link), which evaluated no gradient,", loss)
+        else:
+            loss, aux, clean = evaluate(self.params)
+            keywords = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
+            outputs, state = self.estimate.link.update(clean, self.state, self.params, **keywords, micro_batch=place)
         return (loss, aux) if self.estimate.has_aux else loss, conjugated(outputs), state
 
-    def _evaluated(self, point: Any, chosen: int | slice, loss_fn: LossFn) -> Any:
+    def _update_alone(self, recorder: Recorder, place: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Gradient and state of a link that makes nothing of the clean gradient: it gets a tree of that type."""
+        like = self.params if self.estimate.ascent_per == "batch" else self._own(self.params)
+        functions = {"grad_fn": recorder.grad_fn, "value_and_grad_fn": recorder.value_and_grad_fn}
+        return self.estimate.link.update(like, self.state, self.params, **functions, micro_batch=place)
+
+    def _evaluated(self, point: Any, chosen: int | slice, micro_batch: _MicroBatch) -> Any:
         """Of loss, aux and gradient at a point those that are chosen: the others need no average."""
         # Where the point is marked as a member's own, shard_map leaves the gradient a member's own too.
-        (loss, aux), gradient = loss_and_gradient(loss_fn, self._own(point), has_aux=True)
+        (loss, aux), gradient = loss_and_gradient(micro_batch.loss_fn, self._own(point), has_aux=True)
         return (loss, aux, gradient)[chosen]
 
     def _own(self, tree: Any) -> Any:
@@ -333,10 +360,10 @@ class _Part(NamedTuple):
         axes = self.estimate.axes
         return jax.tree.map(lambda x: vary(jnp.asarray(x), axes), tree) if axes else tree
 
-    def _loss_of(self, index: Any, batch: dict[int, Any]) -> LossFn:
-        """From params to loss and aux of a micro-batch, which has its own keys, the same in every pass."""
-        estimate = self.estimate
-        args, kwargs = _fold_keys(self.arguments.with_batch(batch), self._number(index))
+    def _micro_batch(self, index: Any, batch: dict[int, Any]) -> _MicroBatch:
+        """A micro-batch, which has its own keys, the same in every pass."""
+        estimate, number = self.estimate, self._number(index)
+        args, kwargs = _fold_keys(self.arguments.with_batch(batch), number)
 
         def loss_of_micro_batch(params):
             with explained(params):
@@ -344,7 +371,7 @@ class _Part(NamedTuple):
             loss, aux = _loss_and_aux(value, estimate.has_aux)
             return self._own(loss), aux  # marked too: of a loss that is averaged already, a part would be missing
 
-        return loss_of_micro_batch
+        return _MicroBatch(loss_of_micro_batch, () if number is None else (number,))
 
     def _number(self, index: Any) -> Any:
         """The index of a micro-batch, counted over all devices; None where there is only one."""
@@ -366,9 +393,9 @@ class _Part(NamedTuple):
         return value, gradient, kept
 
 
-def _evaluated_on(loss_fn: LossFn, evaluate: Evaluate) -> Any:
-    """The mean over one loss function."""
-    return evaluate(loss_fn)
+def _evaluated_on(micro_batch: _MicroBatch, evaluate: Evaluate) -> Any:
+    """The mean over one micro-batch."""
+    return evaluate(micro_batch)
 
 
 def _loss_and_aux(value: Any, has_aux: bool) -> tuple[Any, Any]:

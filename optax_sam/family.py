@@ -1,4 +1,6 @@
-r"""The family: the algorithms of the papers, each one line of composition.
+r"""The family: the algorithms of the papers, each a few lines of composition, at two gradients per step.
+
+Those that are cheaper stand in ``cheaper.py``.
 
 ``mask`` chooses the leaves that are perturbed, as in ``optax.add_decayed_weights``: a tree of booleans with the
 structure of the params (or a prefix of it, but not one boolean for all), or a function from params to such a tree. The
@@ -14,12 +16,13 @@ import numpy as np
 import optax
 
 from optax_sam._axes import AxisNames
-from optax_sam._checks import as_link, check_int, spread_mask
-from optax_sam.ascent import adaptive_ascent, normalized_ascent, unnormalized_ascent
+from optax_sam._checks import check_nonnegative, spread_mask
+from optax_sam._norms import across, plus, wide
+from optax_sam.ascent import adaptive_ascent, less_average, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
+from optax_sam.combination import combined
 from optax_sam.link import sharpness_aware
 from optax_sam.renormalization import renormalized
-from optax_sam.switching import switch_at
 
 Mask = Any | Callable[[optax.Params], Any]
 
@@ -56,7 +59,7 @@ def sam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.Gradi
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
         <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    return sharpness_aware(_masked(normalized_ascent(rho), mask))
+    return sharpness_aware(masked(normalized_ascent(rho), mask))
 
 
 def usam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.GradientTransformationExtraArgs:
@@ -88,7 +91,7 @@ def usam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.Grad
         Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware Minimization
         <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    return sharpness_aware(_masked(unnormalized_ascent(rho), mask))
+    return sharpness_aware(masked(unnormalized_ascent(rho), mask))
 
 
 def asam(
@@ -124,7 +127,7 @@ def asam(
         Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks
         <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    return sharpness_aware(_masked(adaptive_ascent(rho, eta), mask))
+    return sharpness_aware(masked(adaptive_ascent(rho, eta), mask))
 
 
 def stable_sam(
@@ -209,36 +212,202 @@ def msam(
     return micro_batched(sam(rho, mask=mask), axis_name)
 
 
-def late(inner: optax.GradientTransformation, start: int) -> optax.GradientTransformationExtraArgs:
-    """Late-phase SAM: the clean gradient before step ``start``, ``inner`` from then on.
+def gsam(
+    rho: optax.ScalarOrSchedule, alpha: jax.typing.ArrayLike, *, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""GSAM: the SAM gradient less a part of the clean gradient across it, which lowers the surrogate gap too.
 
-    Before ``start`` a step costs one gradient. For late mSAM the switch goes inside,
-    ``micro_batched(late(sam(rho), start), axis_name)``; outside, the early phase would hand on unaveraged gradients,
-    which is an error.
+    .. math::
+        \tilde s = s - \alpha \, (g - \langle g, s \rangle / \|s\|_2^2 \, s), \qquad
+            s = \nabla L(w + \rho \, g / \|g\|_2)
+
+    Two gradients per step, no state. The paper ties rho to the learning rate: :func:`rho_by_learning_rate`.
 
     Args:
-        inner: the link of the late phase.
-        start: the first step (call of ``update``, counted from 0) of the late phase, ≥ 0.
+        rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
+            updates.
+        alpha: weight of the surrogate gap, a scalar ≥ 0. 0: SAM.
+        mask: the leaves to perturb; None: all.
 
     Returns:
-        A link with the state of :func:`optax_sam.switch_at`.
+        A link from g to s̃; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
 
     Raises:
-        TypeError: inner is not a transformation, or start is not an int.
-        ValueError: start is negative.
+        TypeError: rho is neither a real scalar nor a schedule, alpha is not a real scalar, or mask is not made of
+            booleans.
+        ValueError: rho or alpha is a negative or non-finite number.
 
     Example:
-        >>> tx = optax.chain(late(sam(rho=0.05), start=9_000), optax.sgd(learning_rate=0.1, momentum=0.9))
+        >>> import jax.numpy as jnp
+        >>> grad_fn, params = jax.grad(lambda w: w[0] ** 2 + 2 * w[1] ** 2), jnp.ones(2)
+        >>> link = gsam(rho=1.0, alpha=0.5)
+        >>> s, _ = link.update(grad_fn(params), link.init(params), params, grad_fn=grad_fn)
+        >>> print([f"{g:.2f}" for g in s])
+        ['2.69', '7.66']
 
     Reference:
-        Zhou et al., `Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training
-        <https://arxiv.org/abs/2410.10373>`_, 2025
+        Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+        <https://arxiv.org/abs/2203.08065>`_, 2022
     """
-    check_int("start", start, least=0)  # before it is a key: what optax.inject_hyperparams makes of it has no hash
-    return switch_at({0: optax.identity(), start: as_link("inner", inner)})
+    check_nonnegative("alpha", alpha)
+    return combined(sam(rho, mask=mask), lambda g, s, shards: plus(s, -1 * alpha, across(g, s, shards)))
 
 
-def _masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
+def rho_by_learning_rate(
+    learning_rate: optax.Schedule, lr_min: float, lr_max: float, rho_min: float, rho_max: float
+) -> optax.Schedule:
+    r"""A schedule of rho that follows the learning rate, as GSAM has it.
+
+    .. math::
+        \rho_t = \rho_\min + (\rho_\max - \rho_\min) \,
+            \frac{\eta_t - \eta_\min}{\eta_\max - \eta_\min}
+
+    Args:
+        learning_rate: the schedule of the optimizer, from the number of updates to η.
+        lr_min: the learning rate at which rho is rho_min.
+        lr_max: the learning rate at which rho is rho_max; not lr_min.
+        rho_min: the least rho.
+        rho_max: the largest rho.
+
+    Returns:
+        A schedule from the number of updates of the link to rho.
+
+    Raises:
+        ValueError: lr_min is lr_max.
+
+    Example:
+        >>> learning_rate = optax.cosine_decay_schedule(0.1, decay_steps=100)
+        >>> rho = rho_by_learning_rate(learning_rate, lr_min=0.0, lr_max=0.1, rho_min=0.02, rho_max=0.2)
+        >>> print(f"{rho(0):.2f} {rho(50):.2f} {rho(100):.2f}")
+        0.20 0.11 0.02
+
+    Reference:
+        Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+        <https://arxiv.org/abs/2203.08065>`_, 2022
+    """
+    if lr_min == lr_max:
+        raise ValueError(f"lr_min and lr_max must differ; got {lr_min=} and {lr_max=}.")
+    slope = (rho_max - rho_min) / (lr_max - lr_min)
+    return lambda step: rho_min + slope * (learning_rate(step) - lr_min)
+
+
+def wsam(
+    rho: optax.ScalarOrSchedule, gamma: jax.typing.ArrayLike, *, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""WSAM: the clean gradient and a weighted sharpness term.
+
+    .. math::
+        \tilde s = g + \frac{\gamma}{1 - \gamma} (s - g), \qquad s = \nabla L(w + \rho \, g / \|g\|_2)
+
+    γ = 0 is the clean gradient, 1/2 is SAM, more goes beyond. Two gradients per step, no state. The authors' decoupled
+    variant, which adds the sharpness term behind the optimizer, is not this one.
+
+    Args:
+        rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
+            updates.
+        gamma: γ, a scalar in [0, 1).
+        mask: the leaves to perturb; None: all.
+
+    Returns:
+        A link from g to s̃; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
+
+    Raises:
+        TypeError: rho is neither a real scalar nor a schedule, gamma is not a real scalar, or mask is not made of
+            booleans.
+        ValueError: rho or gamma is a negative or non-finite number, or gamma ≥ 1.
+
+    Example:
+        >>> loss_fn = lambda w: w**2
+        >>> link = wsam(rho=0.5, gamma=0.75)
+        >>> s, _ = link.update(2.0, link.init(1.0), 1.0, grad_fn=jax.grad(loss_fn))
+        >>> print(s)
+        5.0
+
+    Reference:
+        Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term
+        <https://arxiv.org/abs/2305.15817>`_, 2023
+    """
+    check_nonnegative("gamma", gamma, below=1)
+    weight = gamma / (1 - gamma)
+    return combined(sam(rho, mask=mask), lambda g, s, _: plus(g, weight, optax.tree.sub(wide(s), wide(g))))
+
+
+def friendly_sam(
+    rho: optax.ScalarOrSchedule,
+    sigma: jax.typing.ArrayLike = 1.0,
+    decay: jax.typing.ArrayLike = 0.9,
+    *,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Friendly SAM: an ascent along what the batch adds to the average gradient.
+
+    .. math::
+        s = \nabla L(w + \rho \, d / \|d\|_2), \qquad d = g - \sigma m, \qquad m \leftarrow \beta m + (1 - \beta) g
+
+    with d = g in the first step, and m = g after it. Two gradients per step; m is one more copy of the params.
+
+    Args:
+        rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
+            updates.
+        sigma: σ, a real scalar.
+        decay: β, a scalar in [0, 1).
+        mask: the leaves to perturb; None: all.
+
+    Returns:
+        A link from g to s; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
+
+    Raises:
+        TypeError: rho is neither a real scalar nor a schedule, sigma or decay is not a real scalar, or mask is not made
+            of booleans.
+        ValueError: rho or decay is a negative or non-finite number.
+
+    Example:
+        >>> tx = optax.chain(friendly_sam(rho=0.1), optax.sgd(learning_rate=0.1, momentum=0.9))
+
+    Reference:
+        Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
+    """
+    return sharpness_aware(masked(optax.chain(less_average(sigma, decay), normalized_ascent(rho)), mask))
+
+
+def vasso(
+    rho: optax.ScalarOrSchedule, theta: jax.typing.ArrayLike = 0.4, *, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""VaSSO: an ascent along a moving average of gradients, which varies less from batch to batch.
+
+    .. math::
+        s = \nabla L(w + \rho \, d / \|d\|_2), \qquad d \leftarrow (1 - \theta) d + \theta g, \quad d_0 = 0
+
+    Two gradients per step; d is one more copy of the params. θ = 1 is SAM.
+
+    Args:
+        rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
+            updates.
+        theta: θ, a scalar in (0, 1].
+        mask: the leaves to perturb; None: all.
+
+    Returns:
+        A link from g to s; ``update`` takes ``grad_fn`` and the other arguments of :func:`optax_sam.sharpness_aware`.
+
+    Raises:
+        TypeError: rho is neither a real scalar nor a schedule, theta is not a real scalar, or mask is not made of
+            booleans.
+        ValueError: rho or theta is a negative or non-finite number, or theta is 0: no ascent.
+
+    Example:
+        >>> tx = optax.chain(vasso(rho=0.1), optax.sgd(learning_rate=0.1, momentum=0.9))
+
+    Reference:
+        Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance Suppression
+        <https://arxiv.org/abs/2309.15639>`_, 2023
+    """
+    check_nonnegative("theta", theta, zero=False)
+    average = optax.ema(1 - theta, debias=False)
+    return sharpness_aware(masked(optax.chain(average, normalized_ascent(rho)), mask))
+
+
+def masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
+    """The ascent of the leaves that mask chooses; the others stay where they are."""
     if mask is None:
         return ascent
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):

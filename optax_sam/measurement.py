@@ -5,26 +5,29 @@ gradient is added, and no forward pass where loss and gradient come from one fun
 links have no overhead.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.extend.core import get_opaque_trace_state
 
 from optax_sam._axes import Declared, check_declared, check_same_members
 from optax_sam._checks import as_link, check_loss
-from optax_sam._evaluation import evaluation
+from optax_sam._evaluation import Recorder, evaluation
 from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.averaging import check_no_average
+from optax_sam.single_pass import OneGradient, rebuilt
 from optax_sam.switching import Switch, SwitchState
+
+UNKNOWN = np.float32(np.nan)  # what nobody evaluated
 
 
 class Measurements(NamedTuple):
     """What a link did in its last update: float32 scalars, all 0 before the first.
 
-    With micro-batches each is the mean over them.
+    With micro-batches each is the mean over them. What belongs to w (the norm and the loss there, and the angle) is NaN
+    for a link that evaluates one gradient in all, such as ``momentum_sam``: nobody evaluates it.
 
     Attributes:
         clean_norm: ‖g‖ of what the link got.
@@ -108,46 +111,40 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         zeros = Measurements(*(jnp.zeros([], jnp.float32) for _ in Measurements._fields))
         return MeasuredState(link.init(params), zeros)
 
+    is_single = isinstance(link, OneGradient)
+
     def update(updates, state, params=None, *, value=None, value_fn=None, shards=(), **extra_args):
         check_no_average("measured", state.link_state)
         check_declared(params, updates, shards)
         functions = {name: extra_args.pop(name, None) for name in ("grad_fn", "value_and_grad_fn")}
+        value = UNKNOWN if is_single else value
         if value is None or (value_fn is None and functions["value_and_grad_fn"] is None):
             raise ValueError(
                 f"measured(link) needs the losses at w and w + ε; got {value=} and {value_fn=}. Pass `value=loss, "
                 "value_fn=loss_fn, batch=batch` to update, or use `gradient_estimator(loss_fn, measured(link))`."
             )
         check_loss("value", value)
-        check_same_members("value", value, updates, params)
-        recorder = _Recorder(evaluation(params, value_fn=value_fn, **functions))
+        if not is_single:
+            check_same_members("value", value, updates, params)
+        evaluate = evaluation(params, value_fn=value_fn, **functions)
+        recorder = Recorder(lambda *args: _without_aux(*evaluate(*args)))
         extra_args |= {"value": value, "value_fn": value_fn, "grad_fn": recorder.grad_fn, "shards": shards}
         outputs, link_state = link.update(updates, state.link_state, params, **extra_args)
-        point, perturbed_loss = recorder.last or (params, value)
+        point, perturbed_loss, _ = recorder.last or (params, value, None)
         displacement = jax.tree.map(lambda p, w: widen(p) - widen(w), point, params) if recorder.last else None
-        norms = _norms_and_cosine(updates, displacement, outputs, shards)
+        clean_norm, length, sam_norm, cosine = _norms_and_cosine(updates, displacement, outputs, shards)
+        if is_single:
+            clean_norm = cosine = jnp.array(UNKNOWN)
         losses = [jnp.array(loss, jnp.float32) for loss in (value, perturbed_loss)]  # copies: states are donated
         active = jnp.float32(recorder.last is not None)
-        return outputs, MeasuredState(link_state, Measurements(*norms, *losses, active=active))
+        found = Measurements(clean_norm, length, sam_norm, cosine, *losses, active=active)
+        return outputs, MeasuredState(link_state, found)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return rebuilt(link, init, update)
 
 
-class _Recorder:
-    """Evaluates the gradients of a link, and keeps the last point and the loss there."""
-
-    def __init__(self, evaluate: Callable[..., tuple[Any, Any]]):
-        self._evaluate, self._trace = evaluate, get_opaque_trace_state()
-        self.last: tuple[Any, jax.Array] | None = None
-
-    def grad_fn(self, point: Any, *batch: Any) -> Any:
-        if get_opaque_trace_state() != self._trace:  # a tracer of the branch would leak out of it
-            raise ValueError(
-                "measured(link): link evaluates a gradient in a branch, a loop or a map, which no measurement can "
-                "leave. Measure inside, as in `micro_batched(measured(sam(rho)))`, and of a chain the switch alone."
-            )
-        loss, gradient = self._evaluate(point, *batch)
-        self.last = point, loss
-        return gradient
+def _without_aux(loss: Any, gradient: Any) -> tuple[Any, None, Any]:
+    return loss, None, gradient
 
 
 def measurements(state: Any) -> Measurements:

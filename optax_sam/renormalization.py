@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam._axes import check_declared
-from optax_sam._checks import as_link, check_nonnegative
+from optax_sam._checks import check_nonnegative
 from optax_sam._norms import at_length, norm
-from optax_sam.averaging import check_no_average
+from optax_sam.combination import combination
 
 
 def renormalized(
@@ -44,17 +43,13 @@ def renormalized(
         Tan et al., `Stabilizing Sharpness-Aware Minimization Through A Simple Renormalization Strategy
         <https://arxiv.org/abs/2401.07250>`_, 2024
     """
-    inner = as_link("inner", inner)
     if max_scale is not None:
         check_nonnegative("max_scale", max_scale)
 
-    def update(updates, state, params=None, *, shards=(), **extra_args):
-        check_declared(params, updates, shards)
-        check_no_average("renormalized", state)
-        outputs, state = inner.update(updates, state, params, shards=shards, **extra_args)
-        length, current = norm(updates, shards), norm(outputs, shards)
+    def at_clean_length(clean, outputs, shards):
+        length, current = norm(clean, shards), norm(outputs, shards)
         if max_scale is not None:
             length = jnp.minimum(length, jnp.asarray(max_scale).astype(current.dtype) * current)
-        return at_length(outputs, current, length), state
+        return at_length(outputs, current, length)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return combination("renormalized", inner, at_clean_length)

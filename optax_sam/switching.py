@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_sam._axes import differs_between_members, vary, varying_axes
+from optax_sam._axes import axes_of_traffic, differs_between_members, is_checked, vary, varying_axes
 from optax_sam._checks import as_link, check_int, check_state, if_injected, is_float
 from optax_sam._convolution import canonicalized
 from optax_sam.averaging import averages_in
@@ -28,12 +28,14 @@ class SwitchState(NamedTuple):
         switch_step: int32 scalar, the number of updates so far.
         phase: int32 scalar, the index of the link of the last update; 0 before the first. In a chain,
             ``optax.tree.get(state, "phase")``.
-        link_states: the state of each link; those of inactive links stay as they are.
+        link_states: the state of each link, or one that all share; those of inactive links stay as they are.
+        rule_state: the state of the rule of :func:`switch_on`.
     """
 
     switch_step: jax.Array
     phase: jax.Array
     link_states: tuple[optax.OptState, ...]
+    rule_state: optax.OptState = ()
 
 
 def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
@@ -75,7 +77,7 @@ def switch_at(phases: Mapping[int, optax.GradientTransformation]) -> optax.Gradi
         )
     boundaries = np.asarray(starts[1:], np.int32)  # NumPy's, so that they are constants of the program
     return Switch.between(
-        lambda step: jnp.sum(step >= boundaries, dtype=jnp.int32),
+        rule_of_step(lambda step: jnp.sum(step >= boundaries, dtype=jnp.int32)),
         {f"the phase from step {start}": as_link(f"phases[{start}]", link) for start, link in phases.items()},
     )
 
@@ -109,55 +111,113 @@ def switch_by(
     """
     if not callable(index_fn):
         raise TypeError(f"index_fn must be a function of the step; got {index_fn!r}.{if_injected(index_fn)}")
-    named_links = {f"link {index}": as_link(f"links[{index}]", link) for index, link in enumerate(links)}
-    return Switch.between(index_fn, named_links)
+    return Switch.between(rule_of_step(index_fn), _named(links))
+
+
+def switch_on(
+    rule: optax.GradientTransformation, links: Sequence[optax.GradientTransformation]
+) -> optax.GradientTransformationExtraArgs:
+    """The link that a rule chooses, which sees the gradient and has a state.
+
+    Args:
+        rule: a transformation from the gradient to an index into links (integer or boolean scalar; clipped to the valid
+            range) in place of updates. Its ``update`` gets the keywords of the switch, and ``switch_step``.
+        links: the links to choose from.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` that forwards all extra arguments.
+
+    Raises:
+        TypeError: rule is not a transformation, or links is not a sequence of them; at ``update``, the index is not an
+            integer, or the outputs or states of the links differ in structure, shape or dtype.
+        ValueError: at ``update``, one link averages over micro-batches and another does not, or members of a mapped
+            axis choose for themselves between links that communicate over it.
+
+    Example:
+        >>> import optax_sam
+        >>> is_long = optax.stateless(lambda updates, params: optax_sam.norm(updates) > 1)
+        >>> where_steep = switch_on(is_long, [optax.identity(), optax_sam.sam(rho=0.05)])
+        >>> print(where_steep.init(jnp.zeros(2)).switch_step)
+        0
+    """
+    return Switch.between(as_link("rule", rule), _named(links))
+
+
+def _named(links: Sequence[optax.GradientTransformation]) -> dict[str, optax.GradientTransformationExtraArgs]:
+    return {f"link {index}": as_link(f"links[{index}]", link) for index, link in enumerate(links)}
+
+
+class RuleOfStep(optax.GradientTransformationExtraArgs):
+    """A rule by which all members of a mapped axis choose the same."""
+
+
+def rule_of_step(index_fn: Callable[[jax.Array], jax.typing.ArrayLike]) -> RuleOfStep:
+    """The rule that a function of the step makes."""
+
+    def update(updates, state, params=None, **extra_args):
+        del updates, params
+        step = extra_args["switch_step"]
+        index = _as_index(index_fn(step))
+        if differs_between_members(index, index_fn, step):  # a hang: members wait for those in another branch
+            raise ValueError("index_fn reads its place on a mapped axis, where all members must choose the same.")
+        return index, state
+
+    return RuleOfStep(lambda params: (), update)
 
 
 class Switch(optax.GradientTransformationExtraArgs):
     """A switch whose links can be reached by what has to go inside of it."""
 
-    index_fn: Callable[[jax.Array], jax.typing.ArrayLike]
+    rule: optax.GradientTransformationExtraArgs
     links: Mapping[str, optax.GradientTransformationExtraArgs]
+    shares_state: bool
 
     @classmethod
     def between(
         cls,
-        index_fn: Callable[[jax.Array], jax.typing.ArrayLike],
+        rule: optax.GradientTransformationExtraArgs,
         links: Mapping[str, optax.GradientTransformationExtraArgs],
+        *,
+        shares_state: bool = False,
     ) -> "Switch":
-        """The switch, whose errors name the links."""
+        """The switch, whose errors name the links; with one state for all of them if it is shared."""
 
         def init(params):
             start, first = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-            return SwitchState(start, first, link_states=tuple(link.init(params) for link in links.values()))
+            inits = [link.init for link in links.values()]
+            link_states = tuple(init(params) for init in (inits[:1] if shares_state else inits))
+            return SwitchState(start, first, link_states, rule.init(params))
 
         tried = set()
 
         def update(updates, state, params=None, **extra_args):
             check_state(state, SwitchState)
-            if len(state.link_states) != len(links):
-                raise ValueError(f"state is of a switch between {len(state.link_states)} links, not {len(links)}.")
-            _check_averages(list(links), state.link_states)
-            index = _index_at(index_fn, state.switch_step)
+            if not shares_state:
+                _check_states(list(links), state.link_states)
+            step = state.switch_step
+            index, rule_state = rule.update(updates, state.rule_state, params, switch_step=step, **extra_args)
+            index = _as_index(index)
             phase = jnp.clip(index, 0, len(links) - 1)
             branches = _branches(links, updates, state, params, extra_args)
             if isinstance(phase, Tracer):
+                if not isinstance(rule, RuleOfStep):
+                    _check_choice(index, branches, extra_args)
                 outputs, states = jax.lax.switch(index, list(map(canonicalized, branches)))
             else:  # without jit, lax.switch would be compiled in every call; that it could be is tried once
                 if (kind := _kind((updates, state, params))) not in tried:
                     jax.eval_shape(lambda index: jax.lax.switch(index, branches), index)
                     tried.add(kind)
                 outputs, states = branches[int(phase)]()
-            next_step = jnp.asarray(optax.safe_increment(state.switch_step))
-            return outputs, SwitchState(switch_step=next_step, phase=phase, link_states=states)
+            return outputs, SwitchState(jnp.asarray(optax.safe_increment(step)), phase, states, rule_state)
 
         switch = cls(init, update)
-        switch.index_fn, switch.links = index_fn, links
+        switch.rule, switch.links, switch.shares_state = rule, links, shares_state
         return switch
 
     def each(self, wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> "Switch":
         """The same switch between wrapped links."""
-        return self.between(self.index_fn, {name: as_link(name, wrap(link)) for name, link in self.links.items()})
+        wrapped = {name: as_link(name, wrap(link)) for name, link in self.links.items()}
+        return self.between(self.rule, wrapped, shares_state=self.shares_state)
 
 
 def _kind(tree: Any) -> Any:
@@ -174,13 +234,13 @@ def _branches(
     extra_args: dict[str, Any],
 ) -> list[Callable[[], Any]]:
     """For each link the function to its outputs and the states of all links."""
-    shard_axes = {axis for shards in extra_args.get("shards", ()) if shards.mask is not False for axis in shards.axes}
-    axes = varying_axes(updates) - shard_axes  # over shards, what is not sharded stays the same
+    axes = varying_axes(updates) - _shard_axes(extra_args)  # over shards, what is not sharded stays the same
 
     def branch(position, name, link):
         def run():
             states = list(state.link_states)
-            outputs, states[position] = link.update(updates, states[position], params, **extra_args)
+            own = min(position, len(states) - 1)  # the only one if they share it
+            outputs, states[own] = link.update(updates, states[own], params, **extra_args)
             # All branches must return one type, and any of them may have made a float vary.
             return outputs, jax.tree.map(lambda leaf: vary(leaf, axes) if is_float(leaf) else leaf, tuple(states))
 
@@ -190,18 +250,39 @@ def _branches(
     return [branch(position, name, link) for position, (name, link) in enumerate(links.items())]
 
 
-def _index_at(index_fn: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array) -> jax.Array:
+def _as_index(index: Any) -> jax.Array:
     """The index of the link, an int32 scalar."""
-    index = jnp.asarray(index_fn(step))
+    index = jnp.asarray(index)
     if index.shape or not (jnp.issubdtype(index.dtype, np.integer) or index.dtype == np.bool_):
-        raise TypeError(f"index_fn must return an integer or a boolean, a scalar; got {jax.typeof(index)}.")
-    if differs_between_members(index, index_fn, step):  # a hang: members would wait for those in another branch
-        raise ValueError("index_fn reads its place on a mapped axis, where all members must choose the same.")
+        raise TypeError(
+            f"An index_fn or a rule must return an integer or a boolean, a scalar; got {jax.typeof(index)}."
+        )
     return index.astype(jnp.int32)
 
 
-def _check_averages(names: Sequence[str], states: Sequence[optax.OptState]) -> None:
-    """Raises if links average over different things: what follows would get the one or the other."""
+def _shard_axes(extra_args: dict[str, Any]) -> set[str]:
+    return {axis for shards in extra_args.get("shards", ()) if shards.mask is not False for axis in shards.axes}
+
+
+def _check_choice(index: jax.Array, branches: Sequence[Callable[[], Any]], extra_args: dict[str, Any]) -> None:
+    """Raises if members choose for themselves, and would wait in one branch for those in another."""
+    own, has_own_gradient = varying_axes(index), bool(extra_args.get("micro_batch"))
+    if not own and not has_own_gradient:
+        return
+    traffic = frozenset[str]().union(*(axes_of_traffic(jax.make_jaxpr(branch)().jaxpr) for branch in branches))
+    # Where nothing is tracked, a member's own gradient tells that it chooses for itself.
+    untracked = {axis for axis in traffic if has_own_gradient and not is_checked((axis,))} - _shard_axes(extra_args)
+    for axis in sorted((traffic & own) | untracked):
+        raise ValueError(
+            f"Members of the mapped axis {axis!r} choose for themselves between links that communicate over it. Leave "
+            "averages in the loss to the estimator or to micro_batched, or give the switch the mean gradient."
+        )
+
+
+def _check_states(names: Sequence[str], states: Sequence[optax.OptState]) -> None:
+    """Raises if states are of other links, or average over different things: what follows gets the one or the other."""
+    if len(states) != len(names):
+        raise ValueError(f"state is of a switch between {len(states)} links, not {len(names)}.")
     averages = [sorted(averages_in(state)) for state in states]
     for name, average in zip(names, averages, strict=True):
         if average != averages[0]:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
+from optax_sam.single_pass import OneGradient
 from tests.helpers import references
 from tests.helpers.measuring import assert_measured, mean_of_what_happens
 from tests.helpers.one_device import of_each_part, on_one_device, plain, three_calls
@@ -93,7 +94,8 @@ def test_losses_that_average_themselves_are_right_in_the_estimator(run, ascent_p
     assert_close(actual, expected)
 
 
-ALONE = {member.name: member.make(RHO) for member in MEMBERS if not member.stacked}
+CHOOSING = ("ae_sam",)  # by a member's own gradient between links that communicate: an error, below
+ALONE = {member.name: member.make(RHO) for member in MEMBERS if not member.stacked and member.name not in CHOOSING}
 SOME = {name: ALONE[name] for name in ("stable_sam", "late-momentum-ascent")}  # a norm; a branch and floats in a state
 
 
@@ -106,8 +108,28 @@ def test_losses_that_average_themselves_are_right_for_every_recipe(place, links)
     def estimate_of(link):
         return optax_sam.gradient_estimator(LOSSES["averaged"], link, axis_name="data").value_and_grad
 
-    expected = three_calls(links, lambda link: of_each_part(link, mlp_loss, DEVICES))
-    assert_close(MAPS[place](three_calls(links, estimate_of), PARAMS), jax.jit(expected)(PARAMS, BATCH))
+    expected = jax.jit(three_calls(links, lambda link: of_each_part(link, mlp_loss, DEVICES)))(PARAMS, BATCH)
+    actual = MAPS[place](three_calls(links, estimate_of), PARAMS)
+    for name, link in links.items():  # without a clean gradient there is no clean loss
+        compared = slice(1 if isinstance(link, OneGradient) else 0, None)
+        assert_close(actual[name][compared], expected[name][compared])
+
+
+@pytest.mark.parametrize("place", ["pmap", "shard_map"])
+def test_a_rule_that_sees_the_gradient_is_refused_where_members_would_wait_for_each_other(place):
+    link = optax_sam.ae_sam(RHO)
+    options = {"link": link, "axis_name": "data", "num_micro_batches": 2}
+    averaged = optax_sam.gradient_estimator(LOSSES["averaged"], **options)
+    with pytest.raises(ValueError, match=r"axis 'data' choose for themselves .*Leave averages in the loss"):
+        MAPS[place](averaged.value_and_grad, PARAMS, averaged.init(PARAMS))
+    synchronized = optax_sam.gradient_estimator(LOSSES["averaged"], ascent_per="batch", **options)
+    actual = MAPS[place](synchronized.value_and_grad, PARAMS, synchronized.init(PARAMS))
+    expected = optax_sam.gradient_estimator(mlp_loss, link).value_and_grad(PARAMS, link.init(PARAMS), BATCH)
+    assert_close(actual, expected)
+    own = optax_sam.gradient_estimator(mlp_loss, **options)
+    everywhere = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=2 * DEVICES)
+    actual = MAPS[place](own.value_and_grad, PARAMS, own.init(PARAMS))
+    assert_close(actual, everywhere.value_and_grad(PARAMS, link.init(PARAMS), BATCH))
 
 
 @every_map

@@ -78,7 +78,7 @@ def test_registry_has_every_public_link():
         and "GradientTransformationExtraArgs" in str(inspect.signature(getattr(optax_sam, name)).return_annotation)
     ]
     made = inspect.getsource(inspect.getmodule(type(MEMBERS[0])))
-    elsewhere = {"unnormalized_ascent", "adaptive_ascent"}  # inside of usam and asam
+    elsewhere = {"unnormalized_ascent", "adaptive_ascent", "random_direction"}  # inside of usam, asam and random_sam
     assert {name for name in factories if f"optax_sam.{name}" not in made} == elsewhere
     assert len(factories) >= 10
 
@@ -136,8 +136,8 @@ def test_optax_finds_the_leaves_that_are_like_params(member):
     tx = optimizer(member.make(SCHEDULE))
     state = tx.init(mlp_params())
     shifted = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-    assert_identical(shifted, jax.tree.map(lambda leaf: leaf + 1 if is_float(leaf) else leaf, state))
+    is_like = lambda leaf: leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    assert_identical(shifted, jax.tree.map(lambda leaf: leaf + 1 if is_like(leaf) else leaf, state))
 
 
 @members("sam-masked", "late-momentum-ascent", "switch_at")  # hold every kind of state

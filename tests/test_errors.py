@@ -48,18 +48,32 @@ WEIGHTS, STACK, FOUR = {"w": jnp.ones((3, 2))}, {"w": jnp.ones((4, 3, 2))}, jnp.
 GRAD, IDENTITY, SAM, MSAM = jax.grad(loss_at), optax.identity(), optax_sam.sam(0.1), optax_sam.msam(0.1)
 DENSITY = SpectralDensity(np.zeros((1, 2)), np.full((1, 2), 0.5))
 
-RHO = "normalized_ascent unnormalized_ascent adaptive_ascent sam usam asam stable_sam msam"
-INNER, LINK = "renormalized micro_batched sharded late", "measured gradient_estimator value_and_grad"
+RHO = (
+    "normalized_ascent unnormalized_ascent adaptive_ascent sam usam asam stable_sam msam gsam wsam friendly_sam vasso "
+    "look_sam sam_every ae_sam momentum_sam lagged_sam random_sam"
+)
+MASKED = (
+    "usam asam stable_sam gsam wsam friendly_sam vasso look_sam sam_every ae_sam momentum_sam lagged_sam random_sam"
+)
+INNER = "renormalized micro_batched sharded late combined one_gradient on_momentum"
+LINK = "measured gradient_estimator value_and_grad"
 BATCHES = "hessian_eigenvalues hessian_trace spectral_density average_sharpness loss_surface"
 SHARED = {
-    RHO: {"rho": 0.1},
-    INNER: {"inner": SAM, "axis_name": "data", "start": 3},
+    RHO: {"rho": 0.1, "alpha": 0.3, "gamma": 0.7, "period": 2, "key": 0},
+    INNER: {"inner": SAM, "axis_name": "data", "start": 3, "combine": lambda g, s, shards: s, "decay": 0.9},
     LINK: {"link": SAM, "loss_fn": loss_at},
     BATCHES: {"loss_fn": loss_at, "params": WEIGHTS, "batches": ONE, "sigma": 0.1},
     "m_sharpness": {"loss_fn": loss_at, "params": WEIGHTS, "batch": EIGHT, "rho": 0.1},
     "loss_along": {"loss_fn": loss_at, "first": WEIGHTS, "second": WEIGHTS, "batches": ONE},
     "sharpness_aware": {"ascent": IDENTITY},
     "switch_by": {"index_fn": lambda step: 0, "links": [SAM, SAM]},
+    "switch_on": {"rule": optax.stateless(lambda updates, params: 0), "links": [SAM, SAM]},
+    "rho_by_learning_rate": {
+        "learning_rate": lambda step: 0.1,
+        **dict.fromkeys(("lr_min", "rho_min"), 0.0),
+        **dict.fromkeys(("lr_max", "rho_max"), 0.1),
+    },
+    "normalization_layers less_average": {},
     "norm vdot": {"tree": WEIGHTS, "a": WEIGHTS, "b": WEIGHTS},
     "switch_at measurements": {},
 }
@@ -243,7 +257,16 @@ TABLE = [
     *rows("stable_sam renormalized", "max_scale", BAD_RADIUS[1:]),
     Row("sam", "rho", TypeError, ("JitTracer(bool[])", REAL), lambda: jax.jit(optax_sam.sam)(jnp.array(True))),
     *rows("sam", "mask", NOT_MASKS + returning(NOT_MASKS[:2]), update),
-    *rows("usam asam stable_sam", "mask", NOT_MASKS[:1], update),
+    *rows(MASKED, "mask", NOT_MASKS[:1], update),
+    *rows("gsam look_sam", "alpha", BAD_RADIUS[1:]),
+    *rows("wsam", "gamma", [BAD_RADIUS[1], *these(ValueError, "must be below 1 and at least 0", -0.1, 1.0)]),
+    *rows("vasso", "theta", [BAD_RADIUS[1], *NOT_POSITIVE[:1]]),
+    *rows("less_average friendly_sam", "sigma", BAD_RADIUS[:1]),
+    *rows("less_average friendly_sam ae_sam momentum_sam lagged_sam on_momentum", "decay", BAD_RADIUS[1:]),
+    *rows("ae_sam", "threshold", BAD_RADIUS[:1]),
+    *integers("look_sam sam_every", "period", 1),
+    *rows("rho_by_learning_rate", "lr_max", [(0.0, ValueError, "lr_max=0.0", "must differ")]),
+    *rows("normalization_layers", "params", [(WEIGHTS, ValueError, "found none", "a mask of your own")]),
     *rows("msam", "mask", NOT_MASKS[:1], update, updates=STACK, batch=FOUR),
     *rows("sharded", "mask", NOT_MASKS[:1], update_each),
     *rows("sam usam asam stable_sam msam", "mask", WHOLE_MASKS),
@@ -278,9 +301,15 @@ TABLE = [
         "start",
         [(INTS[1], TypeError, "start=Array(1", "Under optax.inject_hyperparams name it in static_args")],
     ),
-    *rows("switch_by", "links", [([SAM, link], *row) for link, *row in NOT_LINKS[:1]]),
+    *rows("switch_by switch_on", "links", [([SAM, link], *row) for link, *row in NOT_LINKS[:1]]),
     *rows("switch_by", "index_fn", these(TypeError, "must be a function of the step", 3, None)),
     *rows("switch_by", "index_fn", returning(NOT_INDICES), update),
+    *rows("switch_on", "rule", NOT_LINKS[:1]),
+    *called(
+        "rule", rows("switch_on", "rule", [(optax.stateless(f), *row) for f, *row in returning(NOT_INDICES)], update)
+    ),
+    *rows("combined", "combine", these(TypeError, "must be a function of g, s and shards", 3)),
+    *rows("combined", "combine", returning(NOT_LIKE), update),
     # Combinators
     *rows(INNER, "inner", NOT_LINKS[:1]),
     *rows("micro_batched", "axis_name", NOT_AXES),
@@ -359,6 +388,8 @@ UNCHECKED = {
     "m_sharpness": {"num_micro_batches"},
     "norm": {"shards"},
     "vdot": {"shards"},
+    "rho_by_learning_rate": {"learning_rate", "lr_min", "rho_min", "rho_max"},
+    "no_vectors": {"params"},
 }
 ANYWHERE = {"progress", "key"}
 

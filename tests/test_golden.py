@@ -15,9 +15,9 @@ def float64():
         yield
 
 
-def descend(link, loss_fn, params, learning_rate, steps):
-    """The params after each of the steps of plain gradient descent behind a link, stacked."""
-    tx = optax.chain(link, optax.sgd(learning_rate))
+def descend(link, loss_fn, params, learning_rate, steps, momentum=None):
+    """The params after each of the steps of gradient descent behind a link, stacked."""
+    tx = optax.chain(link, optax.sgd(learning_rate, momentum))
     grad_fn = jax.grad(loss_fn)
 
     @jax.jit
@@ -97,6 +97,71 @@ def test_three_steps_on_a_quartic(name):
     trajectory = descend(link, quartic_loss, quartic_start(), 0.05, 3)
     for step, point in enumerate(expected):
         np.testing.assert_allclose(flat(jax.tree.map(lambda w, i=step: w[i], trajectory)), point, atol=1e-12)
+
+
+# Four steps of the same, by the authors' code where it is public, else by pytorch-optimizer 4.1, whose norms of float64
+# tensors are in float32, and whose LookSAM takes them tensor by tensor: here all params are one tensor.
+PEERS = {
+    "friendly_sam, by its authors": (
+        optax_sam.friendly_sam(0.1),
+        {"atol": 1e-12},
+        [
+            (0.873588349995, -1.342242458956, 0.558561581917),
+            (0.746546432476, -1.129851829017, 0.596348425741),
+            (0.641737797072, -0.974219313525, 0.628796385823),
+            (0.553076238676, -0.850712414282, 0.657119556788),
+        ],
+    ),
+    "momentum_sam, by its authors": (
+        optax_sam.momentum_sam(0.1, decay=0.9),
+        {"atol": 1e-12},
+        [
+            (0.875, -1.4125, 0.55625),
+            (0.643941368048, -0.645365288078, 0.646485968325),
+            (0.334560532658, 0.111200001409, 0.74761402066),
+            (-0.024894541211, 0.787537019118, 0.837107910242),
+        ],
+    ),
+    "gsam, by pytorch-optimizer": (
+        optax_sam.gsam(0.1, alpha=0.3),
+        {"rtol": 1e-7},
+        [
+            (0.877068010121, -1.341474470642, 0.557446877287),
+            (0.748138316293, -1.060923293754, 0.599153970916),
+            (0.635284401993, -0.875694996281, 0.634035198501),
+            (0.537951759107, -0.736206302209, 0.664240343827),
+        ],
+    ),
+    "wsam, by pytorch-optimizer": (
+        optax_sam.wsam(0.1, gamma=0.7),
+        {"rtol": 1e-7},
+        [
+            (0.8717061497, -1.248565723232, 0.561643691591),
+            (0.723494489672, -0.969408270919, 0.604411359671),
+            (0.596731711443, -0.78722566343, 0.640084075224),
+            (0.489978237968, -0.649795046123, 0.671054054909),
+        ],
+    ),
+    "look_sam, by pytorch-optimizer": (
+        optax_sam.look_sam(0.1, period=2, alpha=0.3),
+        {"rtol": 1e-7},
+        [
+            (0.873588349871, -1.342242452814, 0.558561582111),
+            (0.828982203952, -1.07585195234, 0.574002372195),
+            (0.693364502486, -0.891812284667, 0.609579134441),
+            (0.622692265286, -0.738775074667, 0.612647539981),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_four_steps_of_other_implementations(name):
+    link, tolerance, expected = PEERS[name]
+    momentum = 0.9 if "momentum" in name else None
+    trajectory = descend(link, quartic_loss, quartic_start(), 0.05, 4, momentum)
+    for step, point in enumerate(expected):
+        np.testing.assert_allclose(flat(jax.tree.map(lambda w, i=step: w[i], trajectory)), point, **tolerance)
 
 
 @pytest.mark.parametrize(

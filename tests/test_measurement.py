@@ -147,7 +147,8 @@ def test_losses_come_with_the_gradients_and_need_no_matrix_product():
 
 @pytest.mark.parametrize("ascent_per", ["micro_batch", "batch"])
 def test_estimator_hands_its_link_the_loss_and_how_to_get_others(ascent_per):
-    def update(updates, state, params=None, *, grad_fn, value, value_and_grad_fn):
+    def update(updates, state, params=None, *, grad_fn, value, value_and_grad_fn, micro_batch):
+        assert len(micro_batch) == (ascent_per == "micro_batch")
         point = optax.tree.scale(0.5, params)
         loss, gradient = value_and_grad_fn(point)
         return jax.tree.map(lambda g, a, b: g + a - b, updates, gradient, grad_fn(point)), state + value + 10 * loss

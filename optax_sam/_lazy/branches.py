@@ -66,7 +66,7 @@ def _is_loop_of_norm(eqn: JaxprEqn) -> bool:
 def cond(run: Interpreter, eqn: JaxprEqn, index: Value, *values: Value) -> Any:
     branches = eqn.params["branches"]
     if isinstance(index, Each):
-        return _cond_of_each(run, branches, index.stack, values) if any(map(is_lazy, values)) else NotImplemented
+        return _cond_of_each(run, branches, index.stack, values)
     traced = [jax.make_jaxpr(functools.partial(run.run, branch, values), return_shape=True)() for branch in branches]
     forms = [_form(outputs) for outputs in zip(*(shapes for _, shapes in traced), strict=True)]
 

@@ -45,11 +45,13 @@ def of_each_part(link, loss_fn, parts, weights=None):
         return jnp.average(x, axis=0, weights=jnp.asarray(weights[chosen], x.dtype)) if is_float else x[0]
 
     def estimate(params, state, batch):
-        def of_one(part):
+        def of_one(index, part):
             loss, clean = jax.value_and_grad(loss_fn)(params, part)
-            return loss, *link.update(clean, state, params, grad_fn=jax.grad(loss_fn), batch=part)
+            keywords = {"grad_fn": jax.grad(loss_fn), "batch": part, "micro_batch": (index,)}
+            return loss, *link.update(clean, state, params, **keywords)
 
-        return jax.tree.map(mean, jax.vmap(of_one)(jax.tree.map(lambda x: x[chosen], split(batch, parts))))
+        stacks = jax.tree.map(lambda x: x[chosen], split(batch, parts))
+        return jax.tree.map(mean, jax.vmap(of_one)(jnp.asarray(chosen), stacks))
 
     return estimate
 

@@ -25,6 +25,7 @@ class Member(NamedTuple):
         extra_gradients: gradients that an update evaluates besides the clean one, at steps 0, 1, 2 and 3.
         stacked: whether updates and batch carry a leading axis of micro-batches.
         renormalizes: whether what comes out is as long as the clean gradient.
+        moved: steps in which something else than the clean gradient comes out; None: those with extra gradients.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Member(NamedTuple):
     extra_gradients: tuple[int, int, int, int] = (1, 1, 1, 1)
     stacked: bool = False
     renormalizes: bool = False
+    moved: tuple[int, ...] | None = None
 
 
 def _matrices(params):
@@ -78,6 +80,16 @@ MEMBERS = [
     Member("late-momentum-ascent", lambda rho: optax_sam.late(_momentum_ascent(rho), SWITCH), (0, 0, 1, 1)),
     Member("switch_at", _phases, extra_gradients=(0, 1, 1, 1)),
     Member("switch_by", _every_other, extra_gradients=(0, 1, 0, 1)),
+    Member("gsam", lambda rho: optax_sam.gsam(rho, alpha=0.3)),
+    Member("wsam", lambda rho: optax_sam.wsam(rho, gamma=0.7)),
+    Member("friendly_sam", lambda rho: optax_sam.friendly_sam(rho, sigma=0.7)),
+    Member("vasso", optax_sam.vasso),
+    Member("look_sam", lambda rho: optax_sam.look_sam(rho, period=2), (1, 0, 1, 0), moved=(0, 1, 2, 3)),
+    Member("sam_every", lambda rho: optax_sam.sam_every(rho, period=2), (1, 0, 1, 0)),
+    Member("ae_sam", lambda rho: optax_sam.ae_sam(rho, threshold=lambda step: 10 * (step % 2)), (1, 0, 1, 0)),
+    Member("momentum_sam", optax_sam.momentum_sam, moved=(1, 2, 3)),
+    Member("lagged_sam", optax_sam.lagged_sam, moved=(1, 2, 3)),
+    Member("random_sam", lambda rho: optax_sam.random_sam(rho, key=0)),
 ]
 
 # What takes a link and returns one. ``measured`` reads the loss from ``value`` and ``value_fn``; its axis is mapped by
@@ -85,6 +97,10 @@ MEMBERS = [
 COMBINATORS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]] = {
     "sharpness_aware": optax_sam.sharpness_aware,
     "renormalized": optax_sam.renormalized,
+    "combined": lambda inner: optax_sam.combined(inner, lambda g, s, shards: s),
+    "one_gradient": optax_sam.one_gradient,
+    "on_momentum": lambda inner: optax_sam.on_momentum(inner, decay=0.9),
+    "switch_on": lambda inner: optax_sam.switch_on(optax.stateless(lambda updates, params: 0), [inner]),
     "switch_at": lambda inner: optax_sam.switch_at({0: inner}),
     "switch_by": lambda inner: optax_sam.switch_by(lambda step: 0, [inner]),
     "late": lambda inner: optax_sam.late(inner, 0),
