@@ -35,6 +35,16 @@ METHODS = {
     "msam": (lambda rho, late_start: optax_sam.sam(rho), 0.05),
     "stable_sam": (lambda rho, late_start: optax_sam.stable_sam(rho), 0.05),
     "late_sam": (lambda rho, late_start: optax_sam.late(optax_sam.sam(rho), late_start), 0.05),
+    "gsam": (lambda rho, late_start: optax_sam.gsam(rho, alpha=0.2), 0.05),
+    "wsam": (lambda rho, late_start: optax_sam.wsam(rho, gamma=0.7), 0.05),
+    "friendly_sam": (lambda rho, late_start: optax_sam.friendly_sam(rho), 0.05),
+    "vasso": (lambda rho, late_start: optax_sam.vasso(rho), 0.05),
+    "sam_every": (lambda rho, late_start: optax_sam.sam_every(rho, period=5), 0.1),
+    "look_sam": (lambda rho, late_start: optax_sam.look_sam(rho, period=5), 0.1),
+    "ae_sam": (lambda rho, late_start: optax_sam.ae_sam(rho), 0.05),
+    "momentum_sam": (lambda rho, late_start: optax_sam.momentum_sam(rho), 0.3),
+    "lagged_sam": (lambda rho, late_start: optax_sam.lagged_sam(rho), 0.05),
+    "random_sam": (lambda rho, late_start: optax_sam.random_sam(rho, key=0), 0.5),
 }
 DEFAULT_METHODS = ["sgd", "sam", "msam", "stable_sam", "late_sam"]
 DEFAULT_MODEL = {"digits": "mlp", "fashion_mnist": "cnn", "cifar10": "resnet"}
@@ -205,8 +215,13 @@ def train(experiment: Experiment, method: str, seed: int, compiled: CompiledMeth
         first_epoch = len(history["test_accuracy"])
         bar.update(first_epoch * experiment.steps_per_epoch)
         for epoch in range(first_epoch, settings.epochs):
-            gradients = compiled.count_gradients(state, next(experiment.batches(seed, epoch)))
-            for batch in experiment.batches(seed, epoch):
+            gradients, counted = (
+                0.0,
+                epoch % experiment.steps_per_epoch,
+            )  # another step each time: some methods alternate
+            for index, batch in enumerate(experiment.batches(seed, epoch)):
+                if index == counted:
+                    gradients = compiled.count_gradients(state, batch)
                 state, _ = compiled.step(state, *batch)
                 bar.update()
             _, accuracy = experiment.evaluate(state.params, experiment.data.test_images, experiment.data.test_labels)
@@ -284,7 +299,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, help="at the start of the cosine schedule; default: 0.1 for sgd, 1e-3 for adamw")
     add("--weight-decay", type=float, default=5e-4)
-    add("--rho", type=float, help="default: 0.05, for asam 0.5")
+    add("--rho", type=float, help="default: that of each method; none is tuned")
     add("--micro-batches", type=int, default=8, help="of msam")
     add("--switch-at", type=int, help="epoch at which late_sam starts SAM; default: after three quarters")
     add("--seeds", type=int, default=3, help="number of seeds")

@@ -314,8 +314,8 @@ def _is_long(threshold: optax.ScalarOrSchedule, decay: jax.typing.ArrayLike) -> 
         check_real("threshold", threshold)
 
     def init(params):
-        zero = jnp.zeros([], jax.eval_shape(norm, params).dtype)
-        return SquareNormState(jnp.zeros([], jnp.int32), zero, zero)
+        mean, deviation = (jnp.zeros([], jax.eval_shape(norm, params).dtype) for _ in range(2))
+        return SquareNormState(jnp.zeros([], jnp.int32), mean, deviation)
 
     def update(updates, state, params=None, *, shards=(), **extra_args):
         del params, extra_args

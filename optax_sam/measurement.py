@@ -134,7 +134,7 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         displacement = jax.tree.map(lambda p, w: widen(p) - widen(w), point, params) if recorder.last else None
         clean_norm, length, sam_norm, cosine = _norms_and_cosine(updates, displacement, outputs, shards)
         if is_single:
-            clean_norm = cosine = jnp.array(UNKNOWN)
+            clean_norm, cosine = jnp.array(UNKNOWN), jnp.array(UNKNOWN)
         losses = [jnp.array(loss, jnp.float32) for loss in (value, perturbed_loss)]  # copies: states are donated
         active = jnp.float32(recorder.last is not None)
         found = Measurements(clean_norm, length, sam_norm, cosine, *losses, active=active)

@@ -10,6 +10,7 @@ import pytest
 import optax_sam
 from benchmarks import networks, overhead, step_cost
 from tests.helpers.problems import (
+    GradientCounter,
     cnn_batch,
     cnn_loss,
     cnn_params,
@@ -112,6 +113,38 @@ def test_flops_of_msam_are_those_of_two_gradients(loss_fn, params, batch):
 
     for strategy in ("vmap", "unroll"):  # of a loop XLA counts the body once
         assert flops_of(SAM, num_micro_batches=4, strategy=strategy) <= 2.02 * flops_of(PLAIN)
+
+
+ONE_GRADIENT = {"momentum_sam": optax_sam.momentum_sam(0.1), "random_sam": optax_sam.random_sam(0.1, key=0)}
+
+
+@pytest.mark.parametrize("link", ONE_GRADIENT.values(), ids=ONE_GRADIENT)
+def test_a_link_that_makes_nothing_of_the_clean_gradient_executes_one(link):
+    params, batch, counter = mlp_params(), mlp_batch(), GradientCounter()
+    loss_fn = counter.counted(mlp_loss, 1)
+    for options in ({}, {"num_micro_batches": 4, "strategy": "scan"}, {"num_micro_batches": 4, "ascent_per": "batch"}):
+        estimator = optax_sam.gradient_estimator(loss_fn, optax_sam.measured(link), **options)
+        jax.block_until_ready(jax.jit(estimator.value_and_grad)(params, estimator.init(params), batch))
+        assert counter.take() == options.get("num_micro_batches", 1)
+
+
+@pytest.mark.heavy
+@every_setting
+@pytest.mark.parametrize("link", ONE_GRADIENT.values(), ids=ONE_GRADIENT)
+def test_flops_of_a_link_that_makes_nothing_of_the_clean_gradient_are_those_of_one(loss_fn, params, batch, link):
+    def flops_of(link, **options):
+        estimator = optax_sam.gradient_estimator(loss_fn, link, **options)
+        arguments = params, estimator.init(params), batch
+        return flops(jax.jit(estimator.value_and_grad).lower(*arguments).compile())
+
+    def flops_of_chain(link):
+        tx = optax.with_extra_args_support(optax.chain(link, optax.sgd(0.1)))
+        return flops(jax.jit(training_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile())
+
+    options = {"num_micro_batches": 4, "strategy": "unroll"}
+    assert flops_of(link) <= 1.05 * flops_of(PLAIN)
+    assert flops_of(link, **options) <= 1.05 * flops_of(PLAIN, **options)
+    assert flops_of_chain(link) <= 1.05 * flops_of_chain(PLAIN)
 
 
 @pytest.mark.heavy

@@ -178,6 +178,39 @@ def test_shard_map_with_sharded_params_equals_one_device():
     assert_close(sharded_gradients(ACTIVE, model=DEVICES), expected_gradients())
 
 
+def test_links_with_a_state_over_shards_equal_one_device():
+    """Two updates at the same params on two batches: what the second makes of the state of the first."""
+    links = {
+        "gsam": optax_sam.gsam(RHO, alpha=0.3),
+        "friendly_sam": optax_sam.friendly_sam(RHO),
+        "look_sam": optax_sam.look_sam(RHO, period=2),
+        "ae_sam": optax_sam.ae_sam(RHO, threshold=1.0),
+        "momentum_sam": optax_sam.momentum_sam(RHO),
+    }
+
+    def second_update(link, loss_fn, params, batch):
+        grad_fn, state = jax.grad(loss_fn), link.init(params)
+        for x in (batch, 2 * batch):
+            outputs, state = link.update(grad_fn(params, x), state, params, grad_fn=grad_fn, batch=x)
+        return outputs
+
+    def partial_loss(params, x):
+        hidden = jnp.tanh((x + params["bias"][None]) @ params["first"])
+        return jnp.mean((jax.lax.psum(hidden @ params["second"], "model") - 1) ** 2)
+
+    whole = {name: functools.partial(second_update, link, loss_fn) for name, link in links.items()}
+    shards = {
+        name: functools.partial(second_update, optax_sam.sharded(link, "model"), partial_loss)
+        for name, link in links.items()
+    }
+    mapped = on_mesh(together(shards), (SPEC, PartitionSpec()), dict.fromkeys(links, SPEC), model=DEVICES)
+    expected = jax.jit(together(whole))(make_params(), BATCH)
+    assert_close(mapped(make_params(), BATCH), expected)
+    clean = jax.grad(loss_fn)(make_params(), 2 * BATCH)
+    norms = {name: optax.tree.norm(jax.tree.map(jnp.subtract, g, clean)) for name, g in expected.items()}
+    assert min(norms.values()) > 1e-3, norms  # each does something
+
+
 def test_msam_over_one_axis_with_params_sharded_over_another_equals_one_device():
     actual = sharded_gradients(("late", "masked"), average="data", data=2, model=4)
     assert_close(actual, {name: expected_gradients(2)[name] for name in actual})

@@ -29,10 +29,22 @@ COLORS = {
     "msam": "#d55e00",
     "stable_sam": "#009e73",
     "late_sam": "#e69f00",
+    "gsam": "#0072b2",
+    "wsam": "#56b4e9",
+    "friendly_sam": "#cc79a7",
+    "vasso": "#d55e00",
+    "sam_every": "#0072b2",
+    "look_sam": "#009e73",
+    "ae_sam": "#e69f00",
+    "momentum_sam": "#cc79a7",
+    "lagged_sam": "#d55e00",
+    "random_sam": "#555555",
 }
-
-
-STYLES = {"late_sam": "--"}  # it hides sgd until the switch
+STYLES = {  # late_sam hides sgd until the switch; dotted: at two gradients a step; dashed and dotted: cheaper
+    "late_sam": "--",
+    **dict.fromkeys(("gsam", "wsam", "friendly_sam", "vasso"), ":"),
+    **dict.fromkeys(("sam_every", "look_sam", "ae_sam", "momentum_sam", "lagged_sam", "random_sam"), "-."),
+}
 
 
 def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
@@ -43,15 +55,15 @@ def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
 def table(results: dict[str, Any]) -> str:
     """One line per method, fit for 80 columns."""
     lines = [
-        f"{'method':<11}{'test accuracy':>16}{'train loss':>12}{'m-sharpness':>13}{'gradients':>11}{'step time':>11}",
-        f"{'':<11}{'% (± sd)':>16}{'':>12}{'':>13}{'per step':>11}{'× SGD':>11}",
+        f"{'method':<13}{'test accuracy':>16}{'train loss':>12}{'m-sharpness':>13}{'gradients':>11}{'step time':>11}",
+        f"{'':<13}{'% (± sd)':>16}{'':>12}{'':>13}{'per step':>11}{'× SGD':>11}",
     ]
     for method, result in results["methods"].items():
         mean, sd = mean_and_sd([100 * run["test_accuracy"] for run in result["seeds"]])
         accuracy = f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else "")
         columns = [mean_and_sd([run[key] for run in result["seeds"]])[0] for key in ("train_loss", "m_sharpness")]
         lines.append(
-            f"{method:<11}{accuracy:>16}{columns[0]:>12.4f}{columns[1]:>13.4f}"
+            f"{method:<13}{accuracy:>16}{columns[0]:>12.4f}{columns[1]:>13.4f}"
             f"{result['gradients_per_step']:>11.2f}{result['step_time_ratio']:>11.2f}"
         )
     return "\n".join(lines)

@@ -57,8 +57,11 @@ def test_all_methods_learn_and_write_their_results(tmp_path, monkeypatch, capsys
     train.main(["--method", "all", *SMOKE])
     results = json.loads((tmp_path / "runs/digits-mlp/results.json").read_text())
     assert list(results["methods"]) == list(train.METHODS)
-    expected = dict.fromkeys(train.METHODS, 2.0) | {"sgd": 1.0, "late_sam": 1.5}
-    assert {name: r["gradients_per_step"] for name, r in results["methods"].items()} == expected
+    cheaper = {"sgd": 1.0, "late_sam": 1.5} | dict.fromkeys(("momentum_sam", "lagged_sam", "random_sam"), 1.0)
+    found = {name: r["gradients_per_step"] for name, r in results["methods"].items()}
+    sometimes = {name: found.pop(name) for name in ("sam_every", "look_sam", "ae_sam")}  # one step an epoch is counted
+    assert found == dict.fromkeys(found, 2.0) | cheaper
+    assert all(1 <= number <= 2 for number in sometimes.values())
     assert all(run["test_accuracy"] > 0.8 for r in results["methods"].values() for run in r["seeds"])
     assert (tmp_path / "runs/digits-mlp/comparison.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out

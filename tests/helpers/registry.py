@@ -120,7 +120,16 @@ def members(*names):
 
 every_member = members(*(member.name for member in MEMBERS))
 every_ascent = members("sam-masked", "usam", "renormalized-asam", "multi-step", "momentum-ascent")
-every_combination = members("multi-step", "renormalized-asam", "late-msam", "late-momentum-ascent", "switch_at")
+every_combination = members(
+    "multi-step",
+    "renormalized-asam",
+    "late-msam",
+    "late-momentum-ascent",
+    "switch_at",
+    "look_sam",
+    "ae_sam",
+    "lagged_sam",
+)
 
 
 def batch_for(member, batch=None, num_micro_batches=MICRO_BATCHES):
