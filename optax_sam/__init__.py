@@ -25,6 +25,8 @@ The estimator, which evaluates the clean gradient, the loss and aux too
     ``value_and_grad``, ``gradient_estimator``: micro-batches, accumulation, weights, several devices.
 For a link of your own
     ``norm``, ``vdot``: in float32, over all leaves and shards.
+Imported by name
+    ``optax_sam.nnx``: the estimator for models of Flax NNX. ``optax_sam.testing``: checks for a link of your own.
 How sharp the loss is
     ``hessian_eigenvalues``, ``hessian_trace``, ``spectral_density``, ``m_sharpness``, ``average_sharpness``,
     ``loss_along``, ``loss_surface``

@@ -85,7 +85,7 @@ def check_params(name: str, params: Any, kind: type[np.inexact] = np.inexact) ->
             real = "real " if kind is np.floating else ""
             raise TypeError(
                 f"{name} must have {real}floating-point leaves of 16 bits or more; got {dtype} at {_place(path)}. Use "
-                "eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)."
+                "eqx.partition(model, eqx.is_inexact_array), or optax_sam.nnx for models of Flax NNX."
             )
 
 

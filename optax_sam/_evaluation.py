@@ -42,8 +42,8 @@ def explained(params: Any) -> Iterator[None]:
 def _note_cause(error: Exception, params: Any) -> None:
     if type(error).__name__ == "TraceContextError":
         error.add_note(
-            "loss_fn changes a Flax NNX object from outside, such as nnx.Rngs or a model with dropout. Split it there, "
-            "and in loss_fn use `nnx.merge(graphdef, params, rest, copy=True)`."
+            "loss_fn changes a Flax NNX object from outside, such as nnx.Rngs or a model with dropout. Use "
+            "`optax_sam.nnx.value_and_grad(loss_fn, link)`, which hands the model to loss_fn."
         )
     if isinstance(params, (jax.Array, np.ndarray)) and params.ndim == 1:
         error.add_note(

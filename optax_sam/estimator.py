@@ -368,7 +368,7 @@ class _Part(NamedTuple):
         def loss_of_micro_batch(params):
             with explained(params):
                 value = estimate.loss_fn(params, *args, **kwargs)
-            loss, aux = _loss_and_aux(value, estimate.has_aux)
+            loss, aux = loss_and_aux(value, estimate.has_aux)
             return self._own(loss), aux  # marked too: of a loss that is averaged already, a part would be missing
 
         return _MicroBatch(loss_of_micro_batch, () if number is None else (number,))
@@ -398,7 +398,7 @@ def _evaluated_on(micro_batch: _MicroBatch, evaluate: Evaluate) -> Any:
     return evaluate(micro_batch)
 
 
-def _loss_and_aux(value: Any, has_aux: bool) -> tuple[Any, Any]:
+def loss_and_aux(value: Any, has_aux: bool) -> tuple[Any, Any]:
     """The loss and aux, or None, in what loss_fn returned; raises if that is something else."""
     if not has_aux:
         check_loss("what loss_fn returns", value)
@@ -485,13 +485,17 @@ def value_and_grad(
 
     def stateless(params, /, *args, **kwargs):
         check_params("params", params)  # before eval_shape trips over what is none
-        state = jax.eval_shape(estimator.init, params)
-        if jax.tree.leaves(state):
-            raise ValueError(f"value_and_grad keeps no state, and the link has {state}. Use `gradient_estimator`.")
+        check_stateless(state := jax.eval_shape(estimator.init, params))
         value, gradient, _ = estimator.value_and_grad(params, state, *args, **kwargs)
         return value, gradient
 
     return stateless
+
+
+def check_stateless(state: optax.OptState) -> None:
+    """Raises if a link has arrays in its state."""
+    if jax.tree.leaves(state):
+        raise ValueError(f"value_and_grad keeps no state, and the link has {state}. Use `gradient_estimator`.")
 
 
 def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:

@@ -182,7 +182,7 @@ NOT_ONLY_PARAMS = [
     ({"w": jnp.ones((3, 2), int)}, TypeError, "int32", FLOATS),
     ({"w": np.full((3, 2), "a")}, TypeError, "<U1 at ['w']", FLOATS),
     (eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0)), TypeError, "object at .activation", "eqx.partition(model, "),
-    (nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0))), TypeError, "uint32 at ['rngs']", "nnx.split(model, nnx.Param,"),
+    (nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0))), TypeError, "uint32 at ['rngs']", "optax_sam.nnx for models"),
     ({"w": jnp.ones((3, 2), jnp.float8_e5m2)}, TypeError, "got float8_e5m2", "16 bits or more"),
 ]
 PAIR = [((1.0, WEIGHTS), ValueError, "got PyTreeDef((*, {'w': *}))", "Take the gradient alone, as jax.grad(loss_fn)")]

@@ -1,0 +1,193 @@
+r"""Flax NNX: the estimator for models that hold their own params, statistics and random numbers.
+
+A model draws another dropout mask and moves its BatchNorm statistics in each pass. Here every pass of a step is of a
+copy of the model as it was before the step, so that all draw the same masks, and the model gets the statistics and
+counters of the clean pass alone, once.
+
+Imported by name, ``import optax_sam.nnx``, which needs ``flax``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack
+
+import jax
+import optax
+from flax import nnx
+
+from optax_sam import estimator
+from optax_sam._axes import AxisNames
+from optax_sam._micro_batches import Strategy
+from optax_sam.estimator import AscentPer, GradientEstimator
+
+FIRST = "the model must be the first argument of loss_fn, argnums=0 or nnx.DiffState(0, filter)"
+
+
+class Options(TypedDict, total=False):
+    """The keywords of :func:`optax_sam.gradient_estimator` that go through."""
+
+    num_micro_batches: int
+    ascent_per: AscentPer
+    strategy: Strategy
+    axis_name: AxisNames | None
+    batch_argnums: int | Sequence[int]
+    weight_fn: Callable[..., jax.typing.ArrayLike] | None
+    group_size: int | None
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    link: optax.GradientTransformation,
+    *,
+    argnums: int | nnx.DiffState = 0,
+    has_aux: bool = False,
+    **options: Unpack[Options],
+) -> Callable[..., tuple[Any, nnx.State]]:
+    """Drop-in for ``nnx.value_and_grad``: the same call and the same result, with the link's gradient.
+
+    Args:
+        loss_fn: function of ``(model, batch, *args, **kwargs)``; returns the mean loss of the batch, or
+            ``(loss, aux)``.
+        link: a link without arrays in its state, such as ``sam(0.05)`` with a constant rho.
+        argnums: 0, or ``nnx.DiffState(0, filter)`` to differentiate, and perturb, the variables that the filter
+            chooses, such as ``nnx.LoRAParam``.
+        has_aux: whether loss_fn returns ``(loss, aux)``.
+        options: num_micro_batches, ascent_per, strategy, axis_name, batch_argnums, weight_fn (without the model) and
+            group_size, as in :func:`optax_sam.gradient_estimator`.
+
+    Returns:
+        A function of ``(model, batch, *args, **kwargs)`` that returns ``(loss, grads)``, or ``((loss, aux), grads)``,
+        and updates the statistics and counters of the model.
+
+    Raises:
+        TypeError: as :func:`optax_sam.gradient_estimator`; when called, if another argument holds a Flax NNX object.
+        ValueError: as :func:`optax_sam.gradient_estimator`; when called, if the link carries arrays in its state, the
+            filter chooses no variable, or loss_fn adds variables to the model.
+
+    Example:
+        >>> import optax_sam
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> loss_fn = lambda model, x: jnp.mean((model(x) - 1.0) ** 2)
+        >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        >>> loss, grads = value_and_grad(loss_fn, optax_sam.sam(rho=0.05))(model, jnp.ones((4, 2)))
+        >>> _ = optimizer.update(model, grads)
+    """
+    both = gradient_estimator(loss_fn, link, argnums=argnums, has_aux=has_aux, **options)
+
+    def stateless(model, /, *args, **kwargs):
+        estimator.check_stateless(state := both.init(model))
+        value, grads, _ = both.value_and_grad(model, state, *args, **kwargs)
+        return value, grads
+
+    return stateless
+
+
+def gradient_estimator(
+    loss_fn: Callable[..., Any],
+    link: optax.GradientTransformation,
+    *,
+    argnums: int | nnx.DiffState = 0,
+    has_aux: bool = False,
+    **options: Unpack[Options],
+) -> GradientEstimator[Any, Any]:
+    """:func:`optax_sam.gradient_estimator` for a model: one call returns loss, gradient and the link's new state.
+
+    With several micro-batches each draws its own random numbers, by folding the keys of the model with its index, and
+    takes its own statistics; the model gets the mean of the statistics (of what is not float, that of the first).
+
+    Args:
+        loss_fn: this and the following as in :func:`value_and_grad`.
+        link: any link, with a state or without.
+        argnums: 0, or ``nnx.DiffState(0, filter)``.
+        has_aux: whether loss_fn returns ``(loss, aux)``.
+        options: as in :func:`value_and_grad`.
+
+    Returns:
+        A :class:`optax_sam.GradientEstimator`: ``init(model)``, and ``value_and_grad(model, state, batch, *args,
+        **kwargs)``, which updates the statistics and counters of the model. The state is a tree of arrays.
+
+    Raises:
+        TypeError: as :func:`value_and_grad`.
+        ValueError: as :func:`value_and_grad`, but that the link may carry arrays in its state.
+
+    Example:
+        >>> import optax_sam
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> loss_fn = lambda model, x: jnp.mean((model(x) - 1.0) ** 2)
+        >>> both = gradient_estimator(loss_fn, optax_sam.late(optax_sam.sam(rho=0.05), start=100))
+        >>> state = both.init(model)
+        >>> loss, grads, state = both.value_and_grad(model, state, jnp.ones((4, 2)))
+        >>> print(state.switch_step)
+        1
+    """
+    number, chosen = (argnums.argnum, argnums.filter) if isinstance(argnums, nnx.DiffState) else (argnums, nnx.Param)
+    if number != 0 or isinstance(number, bool):
+        raise ValueError(f"{FIRST}; got {argnums=}.")
+    if weight_fn := options.get("weight_fn"):
+        options["weight_fn"] = lambda *args, _unfolded, **kwargs: weight_fn(*args, **kwargs)
+
+    def split(model):
+        graphdef, params, *others = nnx.split(model, chosen, nnx.Param, nnx.RngKey, ...)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"argnums: {chosen} chooses no variable of the model, a {type(model).__name__}.")
+        return graphdef, params, *map(nnx.as_pure, others)
+
+    def init(model):
+        return pure_estimator(loss_fn).init(nnx.as_pure(split(model)[1]))
+
+    def pure_estimator(function):
+        return estimator.gradient_estimator(function, link, has_aux=True, **options)
+
+    def value_and_grad(model, state, /, *args, **kwargs):
+        _check_arrays(args, kwargs)
+        graphdef, params, frozen, keys, rest = split(model)
+        unfolded = jax.random.key(0)
+
+        def pure_loss(arrays, *args, _unfolded, **kwargs):
+            own_keys = keys if _unfolded is unfolded else _folded(keys, _unfolded)
+            copy = nnx.merge(graphdef, arrays, frozen, own_keys, rest)
+            value = loss_fn(copy, *args, **kwargs)
+            loss, aux = estimator.loss_and_aux(value, has_aux)
+            after = nnx.as_pure(nnx.split(copy, chosen, nnx.Param, nnx.RngKey, ...)[-1])
+            return loss, (aux, _changed(rest, after))
+
+        estimate = pure_estimator(pure_loss).value_and_grad
+        pure = nnx.as_pure(params)
+        (loss, (aux, changed)), grads, state = estimate(pure, state, *args, _unfolded=unfolded, **kwargs)
+        leaves, structure = jax.tree.flatten(rest)
+        nnx.update(model, structure.unflatten(changed.get(index, leaf) for index, leaf in enumerate(leaves)))
+        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))  # variables, as those of NNX
+        return (loss, aux) if has_aux else loss, grads, state
+
+    return GradientEstimator(init, value_and_grad)
+
+
+def _folded(keys: Any, by: jax.Array) -> Any:
+    """The keys of a micro-batch; layers that are stacked have an array of them each."""
+    number = jax.random.bits(by)
+
+    def fold(key):
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key.ravel(), number).reshape(key.shape)
+
+    return jax.tree.map(fold, keys)
+
+
+def _changed(before: Any, after: Any) -> dict[int, jax.Array]:
+    """The leaves that a pass made, by their place: the others are not to be averaged, which would round them."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise ValueError(
+            "loss_fn adds variables to the model, or takes some away. Make them when the model is built, or return "
+            "what they hold as aux."
+        )
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return {index: new for index, (old, new) in enumerate(pairs) if new is not old}
+
+
+def _check_arrays(args: Any, kwargs: Any) -> None:
+    """Raises for an argument beside the model that holds an NNX object: nobody would update it."""
+    for name, argument in [*enumerate(args, start=1), *kwargs.items()]:
+        leaves = jax.tree.leaves(argument, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        if any(isinstance(leaf, nnx.Variable) for leaf in leaves):
+            raise TypeError(
+                f"Argument {name} of loss_fn holds a Flax NNX object, {type(argument).__name__}. Hold it in the model; "
+                "of nnx.Rngs pass a key, `rngs.dropout()`, which is folded for each micro-batch."
+            )
