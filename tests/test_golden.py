@@ -99,6 +99,7 @@ def test_three_steps_on_a_quartic(name):
         np.testing.assert_allclose(flat(jax.tree.map(lambda w, i=step: w[i], trajectory)), point, atol=1e-12)
 
 
+# "sam", and "asam" without eta, are davda54/sam's too, plain and adaptive: it prints the same digits.
 # Four steps of the same, by the authors' code where it is public, else by pytorch-optimizer 4.1, whose norms of float64
 # tensors are in float32, and whose LookSAM takes them tensor by tensor: here all params are one tensor.
 PEERS = {
