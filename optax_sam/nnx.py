@@ -64,7 +64,7 @@ def value_and_grad(
             filter chooses no variable, or loss_fn adds variables to the model.
 
     Example:
-        >>> import optax_sam
+        >>> import jax.numpy as jnp, optax_sam
         >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
         >>> loss_fn = lambda model, x: jnp.mean((model(x) - 1.0) ** 2)
         >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
@@ -110,7 +110,7 @@ def gradient_estimator(
         ValueError: as :func:`value_and_grad`, but that the link may carry arrays in its state.
 
     Example:
-        >>> import optax_sam
+        >>> import jax.numpy as jnp, optax_sam
         >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
         >>> loss_fn = lambda model, x: jnp.mean((model(x) - 1.0) ** 2)
         >>> both = gradient_estimator(loss_fn, optax_sam.late(optax_sam.sam(rho=0.05), start=100))
