@@ -112,13 +112,17 @@ COMBINATORS: dict[str, Callable[[optax.GradientTransformation], optax.GradientTr
 RHO, STEPS = 0.1, 4
 
 
-def members(*names):
+def members(*names, heavy=()):
     """Parametrizes a test over some members: those in which the code that it is about differs."""
     by_name = {member.name: member for member in MEMBERS}
-    return pytest.mark.parametrize("member", [by_name[name] for name in names], ids=names)
+    marks = [[pytest.mark.heavy] if name in heavy else [] for name in names]
+    params = [pytest.param(by_name[name], id=name, marks=mark) for name, mark in zip(names, marks, strict=True)]
+    return pytest.mark.parametrize("member", params)
 
 
-every_member = members(*(member.name for member in MEMBERS))
+# Compositions of what others are made of too: tried with the heavy tests.
+ALIKE = ("asam-eta0", "stable_sam-truncated", "wsam", "friendly_sam", "vasso", "sam_every", "lagged_sam")
+every_member = members(*(member.name for member in MEMBERS), heavy=ALIKE)
 every_ascent = members("sam-masked", "usam", "renormalized-asam", "multi-step", "momentum-ascent")
 every_combination = members(
     "multi-step",
@@ -128,7 +132,7 @@ every_combination = members(
     "switch_at",
     "look_sam",
     "ae_sam",
-    "lagged_sam",
+    "random_sam",
 )
 
 

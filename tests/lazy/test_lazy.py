@@ -68,13 +68,17 @@ def users_of(interpreter):
     return {user for user, _ in interpreter.multiplied_out}
 
 
-@pytest.mark.parametrize(("name", "num_micro_batches"), [*((name, 4) for name in NETWORKS), ("mlp", 8)])
-def test_numbers_are_those_of_a_loop_and_rules_engage(name, num_micro_batches, interpreters):
+def some_heavy(names, heavy):
+    """The names, some of which are tried with the heavy tests: they take seconds each to compile."""
+    return [pytest.param(name, marks=pytest.mark.heavy) if name in heavy else name for name in names]
+
+
+@pytest.mark.parametrize("name", some_heavy(NETWORKS, heavy=("tied and checkpointed", "weight decay", "recurrent")))
+def test_numbers_are_those_of_a_loop_and_rules_engage(name, interpreters):
     with jax.enable_x64(True):
         network = NETWORKS[name]()
         link = optax_sam.stable_sam(RHO)
-        options = {"num_micro_batches": num_micro_batches}
-        looped, lazy = estimates(network.loss_fn, link, network.params, network.batch, **options)
+        looped, lazy = estimates(network.loss_fn, link, network.params, network.batch, num_micro_batches=4)
     assert_exact(lazy, looped)
     [interpreter] = interpreters
     assert sum(interpreter.stays_lazy) == network.weights
@@ -95,10 +99,14 @@ LINKS = {  # link, and for what its sums are multiplied out
     "momentum-ascent": (MADE["momentum-ascent"], set()),
     "switch_at": (MADE["switch_at"], set()),
     "stable_sam-truncated": (MADE["stable_sam-truncated"], set()),
+    "gsam": (MADE["gsam"], set()),
+    "look_sam": (MADE["look_sam"], {"add", "cond"}),
+    "momentum_sam": (MADE["momentum_sam"], set()),
+    "ae_sam": (MADE["ae_sam"], {"cond"}),
 }
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", some_heavy(LINKS, heavy=("multi-step", "schedule", "gsam", "look_sam")))
 def test_links_need_no_change(name, interpreters):
     link, users = LINKS[name]
     with jax.enable_x64(True):
@@ -106,7 +114,7 @@ def test_links_need_no_change(name, interpreters):
         arguments = network.loss_fn, link, network.params, network.batch
         looped, lazy = estimates(*arguments, num_micro_batches=4, steps=3)
     assert_exact(lazy, looped)
-    assert sum(interpreters[0].stays_lazy) >= network.weights * (name != "clipped by element")
+    assert sum(interpreters[0].stays_lazy) >= network.weights * (name not in ("clipped by element", "ae_sam"))
     assert users_of(interpreters[0]) == users
 
 
@@ -164,7 +172,7 @@ def test_what_has_no_weight_does_not_count_even_if_it_is_not_finite():
     assert np.all(np.isfinite(lazy[0][1]["params"]["Dense_0"]["kernel"]))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", some_heavy(PLACES, heavy=("pmap", "vmap", "shard_map explicit")))
 def test_devices_hold_micro_batches(place, interpreters):
     """Each by its own members' examples; where an Explicit mesh shards arrays, a loop."""
     network = mlp()
