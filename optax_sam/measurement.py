@@ -117,13 +117,9 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         check_no_average("measured", state.link_state)
         check_declared(params, updates, shards)
         functions = {name: extra_args.pop(name, None) for name in ("grad_fn", "value_and_grad_fn")}
-        value = UNKNOWN if is_single else value
-        if value is None or (value_fn is None and functions["value_and_grad_fn"] is None):
-            raise ValueError(
-                f"measured(link) needs the losses at w and w + ε; got {value=} and {value_fn=}. Pass `value=loss, "
-                "value_fn=loss_fn, batch=batch` to update, or use `gradient_estimator(loss_fn, measured(link))`."
-            )
-        check_loss("value", value)
+        if is_single:
+            value = UNKNOWN
+        _check_losses(value, value_fn or functions["value_and_grad_fn"])
         if not is_single:
             check_same_members("value", value, updates, params)
         evaluate = evaluation(params, value_fn=value_fn, **functions)
@@ -132,15 +128,24 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
         outputs, link_state = link.update(updates, state.link_state, params, **extra_args)
         point, perturbed_loss, _ = recorder.last or (params, value, None)
         displacement = jax.tree.map(lambda p, w: widen(p) - widen(w), point, params) if recorder.last else None
-        clean_norm, length, sam_norm, cosine = _norms_and_cosine(updates, displacement, outputs, shards)
-        if is_single:
-            clean_norm, cosine = jnp.array(UNKNOWN), jnp.array(UNKNOWN)
+        norms = _norms_and_cosine(updates, displacement, outputs, shards)
         losses = [jnp.array(loss, jnp.float32) for loss in (value, perturbed_loss)]  # copies: states are donated
-        active = jnp.float32(recorder.last is not None)
-        found = Measurements(clean_norm, length, sam_norm, cosine, *losses, active=active)
+        found = Measurements(*norms, *losses, active=jnp.float32(recorder.last is not None))
+        if is_single:
+            found = found._replace(clean_norm=jnp.array(UNKNOWN), cosine=jnp.array(UNKNOWN))
         return outputs, MeasuredState(link_state, found)
 
     return rebuilt(link, init, update)
+
+
+def _check_losses(value: Any, value_fn: Any) -> None:
+    """Raises without the loss at w, or without a function that returns that at w + ε."""
+    if value is None or value_fn is None:
+        raise ValueError(
+            f"measured(link) needs the losses at w and w + ε; got {value=} and {value_fn=}. Pass `value=loss, "
+            "value_fn=loss_fn, batch=batch` to update, or use `gradient_estimator(loss_fn, measured(link))`."
+        )
+    check_loss("value", value)
 
 
 def _without_aux(loss: Any, gradient: Any) -> tuple[Any, None, Any]:

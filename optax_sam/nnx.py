@@ -8,7 +8,7 @@ Imported by name, ``import optax_sam.nnx``, which needs ``flax``.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import optax
@@ -18,8 +18,6 @@ from optax_sam import estimator
 from optax_sam._axes import AxisNames
 from optax_sam._micro_batches import Strategy
 from optax_sam.estimator import AscentPer, GradientEstimator
-
-FIRST = "the model must be the first argument of loss_fn, argnums=0 or nnx.DiffState(0, filter)"
 
 
 class Options(TypedDict, total=False):
@@ -119,46 +117,71 @@ def gradient_estimator(
         >>> print(state.switch_step)
         1
     """
-    number, chosen = (argnums.argnum, argnums.filter) if isinstance(argnums, nnx.DiffState) else (argnums, nnx.Param)
-    if number != 0 or isinstance(number, bool):
-        raise ValueError(f"{FIRST}; got {argnums=}.")
+    chosen = _filter_of(argnums)
     if weight_fn := options.get("weight_fn"):
         options["weight_fn"] = lambda *args, _unfolded, **kwargs: weight_fn(*args, **kwargs)
 
-    def split(model):
-        graphdef, params, *others = nnx.split(model, chosen, nnx.Param, nnx.RngKey, ...)
-        if not jax.tree.leaves(params):
-            raise ValueError(f"argnums: {chosen} chooses no variable of the model, a {type(model).__name__}.")
-        return graphdef, params, *map(nnx.as_pure, others)
-
     def init(model):
-        return pure_estimator(loss_fn).init(nnx.as_pure(split(model)[1]))
-
-    def pure_estimator(function):
-        return estimator.gradient_estimator(function, link, has_aux=True, **options)
+        return link.init(nnx.as_pure(_Parts.of(model, chosen).params))
 
     def value_and_grad(model, state, /, *args, **kwargs):
         _check_arrays(args, kwargs)
-        graphdef, params, frozen, keys, rest = split(model)
-        unfolded = jax.random.key(0)
+        parts, unfolded = _Parts.of(model, chosen), jax.random.key(0)
 
         def pure_loss(arrays, *args, _unfolded, **kwargs):
-            own_keys = keys if _unfolded is unfolded else _folded(keys, _unfolded)
-            copy = nnx.merge(graphdef, arrays, frozen, own_keys, rest)
-            value = loss_fn(copy, *args, **kwargs)
-            loss, aux = estimator.loss_and_aux(value, has_aux)
-            after = nnx.as_pure(nnx.split(copy, chosen, nnx.Param, nnx.RngKey, ...)[-1])
-            return loss, (aux, _changed(rest, after))
+            # The estimator folds a key that goes through it, where there is more than one micro-batch.
+            copy = parts.merged(arrays, keys_of=None if _unfolded is unfolded else _unfolded)
+            loss, aux = estimator.loss_and_aux(loss_fn(copy, *args, **kwargs), has_aux)
+            return loss, (aux, _changed(parts.rest, _Parts.of(copy, chosen).rest))
 
-        estimate = pure_estimator(pure_loss).value_and_grad
-        pure = nnx.as_pure(params)
-        (loss, (aux, changed)), grads, state = estimate(pure, state, *args, _unfolded=unfolded, **kwargs)
-        leaves, structure = jax.tree.flatten(rest)
-        nnx.update(model, structure.unflatten(changed.get(index, leaf) for index, leaf in enumerate(leaves)))
-        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))  # variables, as those of NNX
+        estimate = estimator.gradient_estimator(pure_loss, link, has_aux=True, **options).value_and_grad
+        arrays = nnx.as_pure(parts.params)
+        (loss, (aux, changed)), grads, state = estimate(arrays, state, *args, _unfolded=unfolded, **kwargs)
+        parts.update(model, changed)
+        grads = jax.tree.unflatten(
+            jax.tree.structure(parts.params), jax.tree.leaves(grads)
+        )  # variables, as NNX has them
         return (loss, aux) if has_aux else loss, grads, state
 
+    estimator.gradient_estimator(loss_fn, link, **options)  # checks the arguments
     return GradientEstimator(init, value_and_grad)
+
+
+class _Parts(NamedTuple):
+    """A model taken apart: what is differentiated, as variables; other params, keys, and what a pass may change."""
+
+    graphdef: Any
+    params: Any
+    frozen: Any
+    keys: Any
+    rest: Any
+
+    @classmethod
+    def of(cls, model: Any, chosen: Any) -> "_Parts":
+        graphdef, params, *others = nnx.split(model, chosen, nnx.Param, nnx.RngKey, ...)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"argnums: {chosen} chooses no variable of the model, a {type(model).__name__}.")
+        return cls(graphdef, params, *map(nnx.as_pure, others))
+
+    def merged(self, arrays: Any, keys_of: jax.Array | None) -> Any:
+        """A copy of the model with other arrays, and with the keys of a micro-batch, if it has some of its own."""
+        keys = self.keys if keys_of is None else _folded(self.keys, keys_of)
+        return nnx.merge(self.graphdef, arrays, self.frozen, keys, self.rest)
+
+    def update(self, model: Any, changed: dict[int, jax.Array]) -> None:
+        """Gives the model what a pass changed."""
+        leaves, structure = jax.tree.flatten(self.rest)
+        nnx.update(model, structure.unflatten(changed.get(index, leaf) for index, leaf in enumerate(leaves)))
+
+
+def _filter_of(argnums: Any) -> Any:
+    """The filter that chooses the variables to differentiate."""
+    number, chosen = (argnums.argnum, argnums.filter) if isinstance(argnums, nnx.DiffState) else (argnums, nnx.Param)
+    if number != 0 or isinstance(number, bool):
+        raise ValueError(
+            f"The model must be the first argument of loss_fn, argnums=0 or DiffState(0, …); got {argnums=}."
+        )
+    return chosen
 
 
 def _folded(keys: Any, by: jax.Array) -> Any:

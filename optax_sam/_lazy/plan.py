@@ -149,18 +149,23 @@ def peak_bytes(jaxpr: Jaxpr, size_of: Callable[[Var], int]) -> int:
     """
     eqns = _without_repetitions(jaxpr.eqns)
     uses = collections.Counter(variable for eqn in eqns for variable in _variables(eqn.invars))
-    last = {variable: number for number, eqn in enumerate(eqns) for variable in _variables(eqn.invars)}
-    last |= dict.fromkeys(_variables(jaxpr.outvars), len(eqns))
     inside = [max((peak_bytes(x, size_of) for x in jaxprs_in_params(eqn.params)), default=0) for eqn in eqns]
     is_elementwise = [eqn.primitive.name not in MATERIALIZED and not x for eqn, x in zip(eqns, inside, strict=True)]
+    ends = _ends(eqns, jaxpr.outvars, is_elementwise)
     changes = [0] * (len(eqns) + 2)
     for number, eqn in enumerate(eqns):
-        for variable in eqn.outvars:
-            if variable in last and not (is_elementwise[number] and uses[variable] == 1):
-                end = last[variable]
+        for variable in ends.keys() & set(eqn.outvars):
+            if not (is_elementwise[number] and uses[variable] == 1):
                 changes[number] += size_of(variable)
-                changes[end if end < len(eqns) and is_elementwise[end] else end + 1] -= size_of(variable)
+                changes[ends[variable]] -= size_of(variable)
     return max(map(sum, zip(itertools.accumulate(changes), inside, strict=False)), default=0)
+
+
+def _ends(eqns: Sequence[JaxprEqn], outvars: Iterable[Any], is_elementwise: Sequence[bool]) -> dict[Var, int]:
+    """For each variable that is used the equation before which its array is free."""
+    last = {variable: number for number, eqn in enumerate(eqns) for variable in _variables(eqn.invars)}
+    ends = {variable: number if is_elementwise[number] else number + 1 for variable, number in last.items()}
+    return ends | dict.fromkeys(_variables(outvars), len(eqns) + 1)
 
 
 def _without_repetitions(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
