@@ -3,6 +3,7 @@
 They read types, shapes and the values of constants, never those of traced arrays: a compiled step is free of them.
 """
 
+import sys
 from typing import Any, get_args
 
 import jax
@@ -66,6 +67,16 @@ def check_nonnegative(name: str, value: Any, *, zero: bool = True, below: float 
         raise ValueError(f"{name} must be {bound} and {'at least' if zero else 'above'} 0; got {name}={value!r}.")
 
 
+def as_key(key: Any) -> jax.Array:
+    """The PRNG key; raises unless it is one, typed or legacy, or a seed."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        return jax.random.key(int(key))
+    is_typed = jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key) and not key.ndim
+    if not is_typed and not (getattr(key, "dtype", None) == np.uint32 and key.shape == (2,)):
+        raise TypeError(f"key must be one PRNG key, or an int as its seed; got {key!r}.{if_injected(key)}")
+    return key
+
+
 def is_real(dtype: Any) -> bool:
     """Whether the dtype, or the type of a Python scalar, is one of integers or real floating-point numbers."""
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
@@ -78,6 +89,12 @@ def is_float(x: jax.typing.ArrayLike) -> bool:
 
 def check_params(name: str, params: Any, kind: type[np.inexact] = np.inexact) -> None:
     """Raises unless all leaves are floating-point arrays that a small step can move."""
+    flax_nnx = sys.modules.get("flax.nnx")  # which a caller with a model has imported
+    if flax_nnx is not None and isinstance(params, flax_nnx.Module):
+        raise TypeError(
+            f"{name} is a model of Flax NNX, {type(params).__name__}, whose statistics and keys are no params. Use "
+            "`optax_sam.nnx.value_and_grad(loss_fn, link)(model, batch)`, or its params, nnx.state(model, nnx.Param)."
+        )
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         # Of fewer bits not even stochastic rounding moves them: ε is far below their spacing.

@@ -80,7 +80,10 @@ def leading_size(**trees: Any) -> int | None:
         for path, leaf in jax.tree.leaves_with_path(tree):
             place = name + jax.tree_util.keystr(path)
             if not jnp.ndim(leaf) or not jnp.shape(leaf)[0]:
-                raise ValueError(f"{place} must have a leading axis of at least 1; its shape is {jnp.shape(leaf)}.")
+                raise ValueError(
+                    f"{place} must have a leading axis of at least 1; its shape is {jnp.shape(leaf)}. Pass what "
+                    "is not one for each example, such as a PRNG key, as an argument of its own behind the batch."
+                )
             places.setdefault(jnp.shape(leaf)[0], place)
     if len(places) > 1:
         found = ", ".join(f"{size} in {place}" for size, place in places.items())

@@ -48,7 +48,7 @@ def mean_over_micro_batches(
     stacks, rebuilt = _split(batch, num_micro_batches)
 
     def evaluate_part(index, leaves):
-        return jax.tree.map(jnp.asarray, evaluate(index, rebuilt(leaves)))
+        return jax.tree.map(_as_array, evaluate(index, rebuilt(leaves)))
 
     if strategy == "auto" and not isinstance(indices, Tracer):
         strategy = "unroll"  # without jit a loop would be compiled in every call
@@ -63,6 +63,14 @@ def mean_over_micro_batches(
     entries = jax.tree.map(lambda x: split_leading(x, groups), (indices, stacks, shares))
     traced = jax.make_jaxpr(evaluate_group, return_shape=True)(0, _entry(entries, 0))
     return _sums_in_a_loop(evaluate_group, traced, jnp.arange(groups), entries, None, 1).means(groups, shares)
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    if isinstance(leaf, (str, bytes)):
+        raise TypeError(
+            f"aux holds {leaf!r}, which has no mean over micro-batches. Return arrays in aux, and names apart."
+        )
+    return jnp.asarray(leaf)
 
 
 def _mean(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam._axes import Declared, axes_of_leaves, vary, varying_axes
-from optax_sam._checks import NO_PARAMS_MESSAGE, check_alike, check_nonnegative, check_real
+from optax_sam._checks import NO_PARAMS_MESSAGE, as_key, check_alike, check_nonnegative, check_real
 from optax_sam._norms import at_length, norm, plus, scaled, widen
 
 
@@ -161,12 +161,16 @@ def random_direction(key: jax.Array | int) -> optax.GradientTransformationExtraA
     Returns:
         An ``optax.GradientTransformation`` from g to z; shapes and dtypes of the leaves are kept.
 
+    Raises:
+        TypeError: key is neither a PRNG key nor an int.
+
     Example:
         >>> noise = random_direction(key=0)
         >>> z, _ = noise.update(jnp.ones(10_000), noise.init(jnp.ones(10_000)))
         >>> print(f"{jnp.std(z):.1f}")
         1.0
     """
+    as_key(key)
 
     def init(params):
         del params
@@ -174,8 +178,7 @@ def random_direction(key: jax.Array | int) -> optax.GradientTransformationExtraA
 
     def update(updates, state, params=None, *, shards=(), micro_batch=(), **extra_args):
         del params, extra_args
-        start = jax.random.key(key) if isinstance(key, int) else key
-        own = functools.reduce(jax.random.fold_in, micro_batch, jax.random.fold_in(start, state.ascent_step))
+        own = functools.reduce(jax.random.fold_in, micro_batch, jax.random.fold_in(as_key(key), state.ascent_step))
         leaves, structure = jax.tree.flatten(updates)
         noise = []
         for number, (leaf, axes) in enumerate(zip(leaves, axes_of_leaves(updates, shards), strict=True)):
@@ -206,7 +209,7 @@ def less_average(sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike 
 
     Raises:
         TypeError: sigma or decay is not a real scalar.
-        ValueError: decay is a negative or non-finite number.
+        ValueError: decay is negative or ≥ 1.
 
     Example:
         >>> noise = less_average(decay=0.5)
@@ -222,14 +225,14 @@ def less_average(sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike 
         Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
     """
     check_real("sigma", sigma)
-    check_nonnegative("decay", decay)
+    check_nonnegative("decay", decay, below=1)
 
     def init(params):
         return optax.EmaState(count=jnp.zeros([], jnp.int32), ema=optax.tree.zeros_like(params))
 
     def update(updates, state, params=None):
         del params
-        direction = plus(updates, -1 * sigma, state.ema)
+        direction = plus(updates, -jnp.asarray(sigma), state.ema)
         average = plus(scaled(state.ema, decay), 1 - decay, updates)
         average = jax.tree.map(lambda g, m: jnp.where(state.count == 0, g, m), updates, average)
         average = optax.tree.cast_like(average, state.ema)

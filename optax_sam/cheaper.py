@@ -12,7 +12,7 @@ import optax
 from optax_sam._checks import as_link, check_int, check_nonnegative, check_real
 from optax_sam._norms import across, at_length, norm, plus
 from optax_sam.ascent import normalized_ascent, random_direction
-from optax_sam.family import Mask, masked, sam
+from optax_sam.family import Mask, restricted, sam
 from optax_sam.link import sharpness_aware
 from optax_sam.single_pass import on_momentum, one_gradient
 from optax_sam.switching import Switch, rule_of_step, switch_at, switch_by, switch_on
@@ -62,7 +62,7 @@ class LookSAMState(NamedTuple):
 def look_sam(
     rho: optax.ScalarOrSchedule, period: int = 5, alpha: jax.typing.ArrayLike = 0.3, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LookSAM: SAM in every k-th step, and what it adds to the gradient once more in the steps between.
+    r"""LookSAM: SAM in every k-th step, and between them the clean gradient plus what SAM added last.
 
     .. math::
         s \text{ and } v = s - \langle g, s \rangle / \|g\|_2^2 \, g \quad \text{in steps } 0, k, 2k, \ldots; \qquad
@@ -72,8 +72,8 @@ def look_sam(
     same way to rounding there is no v, and g is left alone.
 
     Args:
-        rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
-            updates.
+        rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of steps
+            with SAM.
         period: k ≥ 1.
         alpha: α, a scalar ≥ 0.
         mask: the leaves to perturb; None: all.
@@ -162,12 +162,12 @@ def momentum_sam(
         mask: the leaves to perturb; None: all.
 
     Returns:
-        A link from g, which it makes nothing of, to s, with the state of :func:`optax_sam.on_momentum`.
+        A link that ignores g and returns s, with the state of :func:`optax_sam.on_momentum`.
 
     Raises:
         TypeError: rho is neither a real scalar nor a schedule, decay is not a real scalar, or mask is not made of
             booleans.
-        ValueError: rho or decay is a negative or non-finite number.
+        ValueError: rho or decay is negative or not finite, or decay ≥ 1.
 
     Example:
         >>> tx = optax.chain(momentum_sam(rho=0.3), optax.sgd(learning_rate=0.1, momentum=0.9))
@@ -177,7 +177,7 @@ def momentum_sam(
         <https://arxiv.org/abs/2401.12033>`_, 2024
     """
     down = optax.chain(normalized_ascent(rho), optax.scale(-1))
-    return on_momentum(sharpness_aware(masked(down, mask)), decay)
+    return on_momentum(sharpness_aware(restricted(down, mask)), decay)
 
 
 def lagged_sam(
@@ -199,12 +199,12 @@ def lagged_sam(
         mask: the leaves to perturb; None: all.
 
     Returns:
-        A link from g, which it makes nothing of, to s, with the state of :func:`optax_sam.on_momentum`.
+        A link that ignores g and returns s, with the state of :func:`optax_sam.on_momentum`.
 
     Raises:
         TypeError: rho is neither a real scalar nor a schedule, decay is not a real scalar, or mask is not made of
             booleans.
-        ValueError: rho or decay is a negative or non-finite number.
+        ValueError: rho or decay is negative or not finite, or decay ≥ 1.
 
     Example:
         >>> tx = optax.chain(lagged_sam(rho=0.1), optax.sgd(learning_rate=0.1, momentum=0.9))
@@ -234,10 +234,11 @@ def random_sam(
         mask: the leaves to perturb; None: all.
 
     Returns:
-        A link from g, which it makes nothing of, to s.
+        A link that ignores g and returns s.
 
     Raises:
-        TypeError: rho is neither a real scalar nor a schedule, or mask is not made of booleans.
+        TypeError: rho is neither a real scalar nor a schedule, key is neither a PRNG key nor an int, or mask is not
+            made of booleans.
         ValueError: rho is a negative or non-finite number.
 
     Example:
@@ -246,7 +247,7 @@ def random_sam(
     Reference:
         Wen et al., `SmoothOut <https://arxiv.org/abs/1805.07898>`_, 2018, with noise of a fixed length
     """
-    direction = optax.chain(random_direction(key), masked(normalized_ascent(rho), mask))
+    direction = optax.chain(random_direction(key), restricted(normalized_ascent(rho), mask))
     return one_gradient(sharpness_aware(direction))
 
 
@@ -294,7 +295,7 @@ def ae_sam(
     Raises:
         TypeError: rho or threshold is neither a real scalar nor a schedule, decay is not a real scalar, or mask is not
             made of booleans.
-        ValueError: rho or decay is a negative or non-finite number.
+        ValueError: rho or decay is negative or not finite, or decay ≥ 1.
 
     Example:
         >>> link = ae_sam(rho=0.1, threshold=optax.linear_schedule(1.0, -1.0, 10_000))
@@ -309,7 +310,7 @@ def ae_sam(
 
 def _is_long(threshold: optax.ScalarOrSchedule, decay: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
     """The rule of :func:`ae_sam`."""
-    check_nonnegative("decay", decay)
+    check_nonnegative("decay", decay, below=1)
     if not callable(threshold):
         check_real("threshold", threshold)
 

@@ -14,7 +14,7 @@ from optax_sam.averaging import check_no_average
 def combined(
     inner: optax.GradientTransformation, combine: Callable[[Any, Any, Declared], Any]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""What a function makes of the gradient g that ``inner`` gets and the gradient s that it returns.
+    r"""Combines the gradient g that ``inner`` receives with the gradient s that it returns.
 
     .. math::
         \tilde s = \mathrm{combine}(g, s), \qquad s = \mathrm{inner}(g)
@@ -50,7 +50,7 @@ def combined(
 def combination(
     name: str, inner: optax.GradientTransformation, combine: Callable[[Any, Any, Declared], Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """``combined``, by the name that its errors say."""
+    """``combined``, under the name that its errors use."""
     inner = as_link("inner", inner)
     if not callable(combine):
         raise TypeError(f"combine must be a function of g, s and shards; got {combine!r}.")

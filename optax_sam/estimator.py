@@ -134,7 +134,8 @@ def gradient_estimator(
         loss_fn: function to differentiate with respect to its first argument.
         link: from g to s: a recipe such as ``sam(0.05)``, a combinator, or any ``optax.GradientTransformation``. Its
             ``update`` is given ``grad_fn``, ``value`` (the clean loss) and ``value_and_grad_fn`` (from a point to loss
-            and gradient), each averaged over what shares one ε.
+            and gradient), each averaged over what shares one ε, and ``micro_batch``, a tuple with the index of what it
+            is of, if there are several.
         has_aux: whether loss_fn returns ``(loss, aux)``.
         num_micro_batches: M ≥ 1, a divisor of B.
         ascent_per: ``"micro_batch"``, ``"device"`` or ``"batch"``.
@@ -335,8 +336,9 @@ class _Part(NamedTuple):
         if isinstance(self.estimate.link, OneGradient):
             recorder = Recorder(evaluate)
             outputs, state = self._update_alone(recorder, place)
-            _, loss, aux = recorder.last or (None, None, None)
-            check_loss("that of one_gradient(link), which evaluated no gradient,", loss)
+            if recorder.last is None:
+                raise TypeError("one_gradient(link): link evaluated no gradient, so there is no loss to return.")
+            _, loss, aux = recorder.last
         else:
             loss, aux, clean = evaluate(self.params)
             keywords = {"grad_fn": grad_fn, "value": loss, "value_and_grad_fn": value_and_grad_fn}
@@ -344,7 +346,7 @@ class _Part(NamedTuple):
         return (loss, aux) if self.estimate.has_aux else loss, conjugated(outputs), state
 
     def _update_alone(self, recorder: Recorder, place: tuple[Any, ...]) -> tuple[Any, Any]:
-        """Gradient and state of a link that makes nothing of the clean gradient: it gets a tree of that type."""
+        """Gradient and state of a link that ignores the clean gradient: it gets a tree of that type."""
         like = self.params if self.estimate.ascent_per == "batch" else self._own(self.params)
         functions = {"grad_fn": recorder.grad_fn, "value_and_grad_fn": recorder.value_and_grad_fn}
         return self.estimate.link.update(like, self.state, self.params, **functions, micro_batch=place)
@@ -492,10 +494,10 @@ def value_and_grad(
     return stateless
 
 
-def check_stateless(state: optax.OptState) -> None:
+def check_stateless(state: optax.OptState, cure: str = "gradient_estimator") -> None:
     """Raises if a link has arrays in its state."""
     if jax.tree.leaves(state):
-        raise ValueError(f"value_and_grad keeps no state, and the link has {state}. Use `gradient_estimator`.")
+        raise ValueError(f"value_and_grad keeps no state, and the link has {state}. Use `{cure}`.")
 
 
 def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def sam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.Gradi
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
         <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    return sharpness_aware(masked(normalized_ascent(rho), mask))
+    return sharpness_aware(restricted(normalized_ascent(rho), mask))
 
 
 def usam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.GradientTransformationExtraArgs:
@@ -91,7 +91,7 @@ def usam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.Grad
         Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware Minimization
         <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    return sharpness_aware(masked(unnormalized_ascent(rho), mask))
+    return sharpness_aware(restricted(unnormalized_ascent(rho), mask))
 
 
 def asam(
@@ -127,7 +127,7 @@ def asam(
         Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks
         <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    return sharpness_aware(masked(adaptive_ascent(rho, eta), mask))
+    return sharpness_aware(restricted(adaptive_ascent(rho, eta), mask))
 
 
 def stable_sam(
@@ -250,7 +250,7 @@ def gsam(
         <https://arxiv.org/abs/2203.08065>`_, 2022
     """
     check_nonnegative("alpha", alpha)
-    return combined(sam(rho, mask=mask), lambda g, s, shards: plus(s, -1 * alpha, across(g, s, shards)))
+    return combined(sam(rho, mask=mask), lambda g, s, shards: plus(s, -jnp.asarray(alpha), across(g, s, shards)))
 
 
 def rho_by_learning_rate(
@@ -266,13 +266,14 @@ def rho_by_learning_rate(
         learning_rate: the schedule of the optimizer, from the number of updates to η.
         lr_min: the learning rate at which rho is rho_min.
         lr_max: the learning rate at which rho is rho_max; not lr_min.
-        rho_min: the least rho.
+        rho_min: the least rho, also where the learning rate is below lr_min, as in a warm-up.
         rho_max: the largest rho.
 
     Returns:
         A schedule from the number of updates of the link to rho.
 
     Raises:
+        TypeError: learning_rate is not a schedule.
         ValueError: lr_min is lr_max.
 
     Example:
@@ -287,8 +288,14 @@ def rho_by_learning_rate(
     """
     if lr_min == lr_max:
         raise ValueError(f"lr_min and lr_max must differ; got {lr_min=} and {lr_max=}.")
-    slope = (rho_max - rho_min) / (lr_max - lr_min)
-    return lambda step: rho_min + slope * (learning_rate(step) - lr_min)
+    if not callable(learning_rate):
+        raise TypeError(f"learning_rate must be a schedule, a function of the step; got {learning_rate!r}.")
+
+    def rho(step):
+        share = jnp.clip((learning_rate(step) - lr_min) / (lr_max - lr_min), 0, 1)
+        return rho_min + (rho_max - rho_min) * share
+
+    return rho
 
 
 def wsam(
@@ -359,7 +366,7 @@ def friendly_sam(
     Raises:
         TypeError: rho is neither a real scalar nor a schedule, sigma or decay is not a real scalar, or mask is not made
             of booleans.
-        ValueError: rho or decay is a negative or non-finite number.
+        ValueError: rho or decay is negative or not finite, or decay ≥ 1.
 
     Example:
         >>> tx = optax.chain(friendly_sam(rho=0.1), optax.sgd(learning_rate=0.1, momentum=0.9))
@@ -367,7 +374,7 @@ def friendly_sam(
     Reference:
         Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
     """
-    return sharpness_aware(masked(optax.chain(less_average(sigma, decay), normalized_ascent(rho)), mask))
+    return sharpness_aware(restricted(optax.chain(less_average(sigma, decay), normalized_ascent(rho)), mask))
 
 
 def vasso(
@@ -383,7 +390,7 @@ def vasso(
     Args:
         rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of
             updates.
-        theta: θ, a scalar in (0, 1].
+        theta: θ, a scalar in (0, 1]; 1 − θ is the ``decay`` of ``optax.ema``.
         mask: the leaves to perturb; None: all.
 
     Returns:
@@ -392,7 +399,7 @@ def vasso(
     Raises:
         TypeError: rho is neither a real scalar nor a schedule, theta is not a real scalar, or mask is not made of
             booleans.
-        ValueError: rho or theta is a negative or non-finite number, or theta is 0: no ascent.
+        ValueError: rho or theta is a negative or non-finite number, theta is 0 (no ascent) or above 1.
 
     Example:
         >>> tx = optax.chain(vasso(rho=0.1), optax.sgd(learning_rate=0.1, momentum=0.9))
@@ -402,11 +409,12 @@ def vasso(
         <https://arxiv.org/abs/2309.15639>`_, 2023
     """
     check_nonnegative("theta", theta, zero=False)
+    check_nonnegative("1 - theta", 1 - theta)
     average = optax.ema(1 - theta, debias=False)
-    return sharpness_aware(masked(optax.chain(average, normalized_ascent(rho)), mask))
+    return sharpness_aware(restricted(optax.chain(average, normalized_ascent(rho)), mask))
 
 
-def masked(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
+def restricted(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
     """The ascent of the leaves that mask chooses; the others stay where they are."""
     if mask is None:
         return ascent

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+HELD = {"scale", "weight", "bias"}  # by normalization layers
+
 
 def normalization_layers(params: Any) -> Any:
     """The scales and biases of normalization layers: as ``mask`` of a recipe, this is SAM-ON.
 
-    A layer is one of a class whose name holds "Norm" (Equinox), or an entry whose name does or that holds nothing but
-    ``scale`` and ``bias`` (Flax, Linen and NNX).
+    Such a layer holds nothing but ``scale``, ``weight`` and ``bias``, and "norm" is in its name or in that of its
+    class; or it holds a ``scale`` and at most a ``bias``, as those of Flax do whatever their name.
 
     Args:
         params: the params of a model.
@@ -35,10 +37,12 @@ def normalization_layers(params: Any) -> Any:
     """
 
     def chosen(path, node):
-        is_layer = _is_layer(node) or any("norm" in _name(key).lower() for key in path)
+        name = _name(path[-1]) if path and isinstance(node, Mapping) else type(node).__name__
+        has_scale = isinstance(node, Mapping) and "scale" in node
+        is_layer = _may_be_layer(node) and ("norm" in name.lower() or has_scale)
         return jax.tree.map(lambda _: is_layer, node)
 
-    mask = jax.tree.map_with_path(chosen, params, is_leaf=_is_layer)
+    mask = jax.tree.map_with_path(chosen, params, is_leaf=_may_be_layer)
     if not any(jax.tree.leaves(mask)):
         raise ValueError("normalization_layers(params) found none: no name holds 'norm'. Pass a mask of your own.")
     return mask
@@ -46,6 +50,8 @@ def normalization_layers(params: Any) -> Any:
 
 def no_vectors(params: Any) -> Any:
     """Leaves of two axes or more: neither biases nor the scales of normalization layers.
+
+    Of layers that are stacked, as for ``nn.scan``, vectors have two axes and are taken for matrices.
 
     Args:
         params: the params of a model.
@@ -60,10 +66,12 @@ def no_vectors(params: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
 
 
-def _is_layer(node: Any) -> bool:
+def _may_be_layer(node: Any) -> bool:
+    """Whether a node holds nothing but what a normalization layer does."""
     if isinstance(node, Mapping):
-        return "scale" in node and set(node) <= {"scale", "bias"}
-    return "Norm" in type(node).__name__
+        return bool(node) and set(node) <= HELD and not any(isinstance(child, Mapping) for child in node.values())
+    paths = [path for path, _ in jax.tree.leaves_with_path(node)]
+    return bool(paths) and all(len(path) == 1 and _name(path[0]) in HELD for path in paths)
 
 
 def _name(key: Any) -> str:

@@ -17,7 +17,7 @@ from optax_sam._checks import as_link, check_loss
 from optax_sam._evaluation import Recorder, evaluation
 from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.averaging import check_no_average
-from optax_sam.single_pass import OneGradient, rebuilt
+from optax_sam.single_pass import OneGradient, same_kind
 from optax_sam.switching import Switch, SwitchState
 
 UNKNOWN = np.float32(np.nan)  # what nobody evaluated
@@ -135,7 +135,7 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
             found = found._replace(clean_norm=jnp.array(UNKNOWN), cosine=jnp.array(UNKNOWN))
         return outputs, MeasuredState(link_state, found)
 
-    return rebuilt(link, init, update)
+    return same_kind(link, init, update)
 
 
 def _check_losses(value: Any, value_fn: Any) -> None:

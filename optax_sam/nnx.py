@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -69,11 +70,11 @@ def value_and_grad(
         >>> loss, grads = value_and_grad(loss_fn, optax_sam.sam(rho=0.05))(model, jnp.ones((4, 2)))
         >>> _ = optimizer.update(model, grads)
     """
-    both = gradient_estimator(loss_fn, link, argnums=argnums, has_aux=has_aux, **options)
+    of_model = gradient_estimator(loss_fn, link, argnums=argnums, has_aux=has_aux, **options)
 
     def stateless(model, /, *args, **kwargs):
-        estimator.check_stateless(state := both.init(model))
-        value, grads, _ = both.value_and_grad(model, state, *args, **kwargs)
+        estimator.check_stateless(state := of_model.init(model), cure="optax_sam.nnx.gradient_estimator")
+        value, grads, _ = of_model.value_and_grad(model, state, *args, **kwargs)
         return value, grads
 
     return stateless
@@ -90,7 +91,7 @@ def gradient_estimator(
     """:func:`optax_sam.gradient_estimator` for a model: one call returns loss, gradient and the link's new state.
 
     With several micro-batches each draws its own random numbers, by folding the keys of the model with its index, and
-    takes its own statistics; the model gets the mean of the statistics (of what is not float, that of the first).
+    takes its own statistics; the model gets their mean (leaves that are not float come from the first).
 
     Args:
         loss_fn: this and the following as in :func:`value_and_grad`.
@@ -105,38 +106,37 @@ def gradient_estimator(
 
     Raises:
         TypeError: as :func:`value_and_grad`.
-        ValueError: as :func:`value_and_grad`, but that the link may carry arrays in its state.
+        ValueError: as :func:`value_and_grad`, except that the link may carry arrays in its state.
 
     Example:
         >>> import jax.numpy as jnp, optax_sam
         >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
         >>> loss_fn = lambda model, x: jnp.mean((model(x) - 1.0) ** 2)
-        >>> both = gradient_estimator(loss_fn, optax_sam.late(optax_sam.sam(rho=0.05), start=100))
-        >>> state = both.init(model)
-        >>> loss, grads, state = both.value_and_grad(model, state, jnp.ones((4, 2)))
+        >>> estimator = gradient_estimator(loss_fn, optax_sam.late(optax_sam.sam(rho=0.05), start=100))
+        >>> state = estimator.init(model)
+        >>> loss, grads, state = estimator.value_and_grad(model, state, jnp.ones((4, 2)))
         >>> print(state.switch_step)
         1
     """
     chosen = _filter_of(argnums)
     if weight_fn := options.get("weight_fn"):
-        options["weight_fn"] = lambda *args, _unfolded, **kwargs: weight_fn(*args, **kwargs)
+        options["weight_fn"] = lambda *args, _keys, **kwargs: weight_fn(*args, **kwargs)
 
     def init(model):
         return link.init(nnx.as_pure(_Parts.of(model, chosen).params))
 
     def value_and_grad(model, state, /, *args, **kwargs):
         _check_arrays(args, kwargs)
-        parts, unfolded = _Parts.of(model, chosen), jax.random.key(0)
+        parts = _Parts.of(model, chosen)
 
-        def pure_loss(arrays, *args, _unfolded, **kwargs):
-            # The estimator folds a key that goes through it, where there is more than one micro-batch.
-            copy = parts.merged(arrays, keys_of=None if _unfolded is unfolded else _unfolded)
+        def pure_loss(arrays, *args, _keys, **kwargs):
+            copy = parts.merged(arrays, _keys)
             loss, aux = estimator.loss_and_aux(loss_fn(copy, *args, **kwargs), has_aux)
             return loss, (aux, _changed(parts.rest, _Parts.of(copy, chosen).rest))
 
         estimate = estimator.gradient_estimator(pure_loss, link, has_aux=True, **options).value_and_grad
-        arrays = nnx.as_pure(parts.params)
-        (loss, (aux, changed)), grads, state = estimate(arrays, state, *args, _unfolded=unfolded, **kwargs)
+        arrays, keys = nnx.as_pure(parts.params), parts.scalar_keys()  # scalar: the estimator folds no others
+        (loss, (aux, changed)), grads, state = estimate(arrays, state, *args, _keys=keys, **kwargs)
         parts.update(model, changed)
         grads = jax.tree.unflatten(
             jax.tree.structure(parts.params), jax.tree.leaves(grads)
@@ -158,14 +158,22 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, chosen: Any) -> "_Parts":
+        if not isinstance(model, nnx.Module):
+            raise TypeError(f"model must be an nnx.Module; got {type(model).__name__}. Put several into one module.")
         graphdef, params, *others = nnx.split(model, chosen, nnx.Param, nnx.RngKey, ...)
         if not jax.tree.leaves(params):
             raise ValueError(f"argnums: {chosen} chooses no variable of the model, a {type(model).__name__}.")
         return cls(graphdef, params, *map(nnx.as_pure, others))
 
-    def merged(self, arrays: Any, keys_of: jax.Array | None) -> Any:
-        """A copy of the model with other arrays, and with the keys of a micro-batch, if it has some of its own."""
-        keys = self.keys if keys_of is None else _folded(self.keys, keys_of)
+    def scalar_keys(self) -> list[list[jax.Array]]:
+        """The keys one by one: layers that are stacked have an array of them each."""
+        return [[key.ravel()[index] for index in range(key.size)] for key in jax.tree.leaves(self.keys)]
+
+    def merged(self, arrays: Any, scalar_keys: list[list[jax.Array]]) -> Any:
+        """A copy of the model with other arrays and keys."""
+        leaves, structure = jax.tree.flatten(self.keys)
+        pairs = zip(leaves, scalar_keys, strict=True)
+        keys = structure.unflatten([jnp.stack(scalars).reshape(key.shape) for key, scalars in pairs])
         return nnx.merge(self.graphdef, arrays, self.frozen, keys, self.rest)
 
     def update(self, model: Any, changed: dict[int, jax.Array]) -> None:
@@ -184,16 +192,6 @@ def _filter_of(argnums: Any) -> Any:
     return chosen
 
 
-def _folded(keys: Any, by: jax.Array) -> Any:
-    """The keys of a micro-batch; layers that are stacked have an array of them each."""
-    number = jax.random.bits(by)
-
-    def fold(key):
-        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key.ravel(), number).reshape(key.shape)
-
-    return jax.tree.map(fold, keys)
-
-
 def _changed(before: Any, after: Any) -> dict[int, jax.Array]:
     """The leaves that a pass made, by their place: the others are not to be averaged, which would round them."""
     if jax.tree.structure(before) != jax.tree.structure(after):
@@ -206,7 +204,7 @@ def _changed(before: Any, after: Any) -> dict[int, jax.Array]:
 
 
 def _check_arrays(args: Any, kwargs: Any) -> None:
-    """Raises for an argument beside the model that holds an NNX object: nobody would update it."""
+    """Raises if an argument other than the model holds an NNX object, which nothing would update."""
     for name, argument in [*enumerate(args, start=1), *kwargs.items()]:
         leaves = jax.tree.leaves(argument, is_leaf=lambda node: isinstance(node, nnx.Variable))
         if any(isinstance(leaf, nnx.Variable) for leaf in leaves):

@@ -9,7 +9,7 @@ import optax
 
 from optax_sam._axes import AxisNames, Shards, as_axes
 from optax_sam._checks import as_link
-from optax_sam.single_pass import rebuilt
+from optax_sam.single_pass import same_kind
 
 
 def sharded(
@@ -62,4 +62,4 @@ def sharded(
         declared = (*extra_args.pop("shards", ()), shards)
         return inner.update(updates, state, params, shards=declared, **extra_args)
 
-    return rebuilt(inner, inner.init, update)
+    return same_kind(inner, inner.init, update)

@@ -1,4 +1,4 @@
-r"""Single pass: links that evaluate one gradient in all, because they make nothing of the clean one.
+r"""Single pass: links that evaluate one gradient in all, because they ignore the clean one.
 
 In a chain under ``jax.jit`` XLA removes the clean backward pass, which nobody reads. The estimator does not run it, nor
 the forward pass: its loss and aux are then those at w + ε, from the pass that is run.
@@ -17,7 +17,7 @@ from optax_sam._norms import plus
 
 
 class OneGradient(optax.GradientTransformationExtraArgs):
-    """A link that makes nothing of the clean gradient."""
+    """A link that ignores the clean gradient."""
 
 
 class MomentumState(NamedTuple):
@@ -37,8 +37,9 @@ def one_gradient(inner: optax.GradientTransformation) -> optax.GradientTransform
 
     For ascents that do not climb along g, such as a random one. In the estimator loss and aux are those at the point
     where ``inner`` evaluates its (last) gradient. ``measured`` then knows nothing of w: the norm of g, the angle to it
-    and the loss there are NaN. Inside a switch, as in ``late(one_gradient(inner), start)``, the clean gradient is
-    evaluated all the same, and the loss is the clean one.
+    and the loss there are NaN. Only ``measured`` and ``sharded`` may stand around it there: inside ``late`` and other
+    switches, ``optax.chain`` or ``optax.inject_hyperparams`` the clean pass is run as well, and loss and aux are the
+    clean ones.
 
     Args:
         inner: link whose result does not depend on the gradient that it gets.
@@ -86,7 +87,7 @@ def on_momentum(
 
     Raises:
         TypeError: inner is not a transformation, or decay is not a real scalar.
-        ValueError: decay is a negative or non-finite number.
+        ValueError: decay is negative or ≥ 1.
 
     Example:
         >>> import jax, optax_sam
@@ -103,7 +104,7 @@ def on_momentum(
         <https://arxiv.org/abs/2401.12033>`_, 2024
     """
     inner = as_link("inner", inner)
-    check_nonnegative("decay", decay)
+    check_nonnegative("decay", decay, below=1)
 
     def init(params):
         return MomentumState(inner.init(params), optax.tree.zeros_like(params))
@@ -118,7 +119,9 @@ def on_momentum(
     return OneGradient(init, update)
 
 
-def rebuilt(link: optax.GradientTransformation, init: Callable[..., Any], update: Callable[..., Any]) -> Any:
+def same_kind(
+    link: optax.GradientTransformation, init: Callable[..., Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
     """The transformation of two functions around a link, which evaluates one gradient in all if the link does."""
     kind = OneGradient if isinstance(link, OneGradient) else optax.GradientTransformationExtraArgs
     return kind(init, update)

@@ -157,7 +157,7 @@ def rule_of_step(index_fn: Callable[[jax.Array], jax.typing.ArrayLike]) -> RuleO
     def update(updates, state, params=None, **extra_args):
         del updates, params
         step = extra_args["switch_step"]
-        index = _as_index(index_fn(step))
+        index = jnp.asarray(index_fn(step))
         if differs_between_members(index, index_fn, step):  # a hang: members wait for those in another branch
             raise ValueError("index_fn reads its place on a mapped axis, where all members must choose the same.")
         return index, state
@@ -166,7 +166,7 @@ def rule_of_step(index_fn: Callable[[jax.Array], jax.typing.ArrayLike]) -> RuleO
 
 
 class Switch(optax.GradientTransformationExtraArgs):
-    """A switch whose links can be reached by what has to go inside of it."""
+    """A switch that exposes its links to wrappers that belong inside it."""
 
     rule: optax.GradientTransformationExtraArgs
     links: Mapping[str, optax.GradientTransformationExtraArgs]
@@ -183,10 +183,9 @@ class Switch(optax.GradientTransformationExtraArgs):
         """The switch, whose errors name the links; with one state for all of them if it is shared."""
 
         def init(params):
-            start, first = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-            inits = [link.init for link in links.values()]
-            link_states = tuple(init(params) for init in (inits[:1] if shares_state else inits))
-            return SwitchState(start, first, link_states, rule.init(params))
+            step, phase = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+            with_state = list(links.values())[:1] if shares_state else links.values()
+            return SwitchState(step, phase, tuple(link.init(params) for link in with_state), rule.init(params))
 
         tried = set()
 

@@ -73,7 +73,7 @@ SHARED = {
         **dict.fromkeys(("lr_min", "rho_min"), 0.0),
         **dict.fromkeys(("lr_max", "rho_max"), 0.1),
     },
-    "normalization_layers less_average": {},
+    "normalization_layers less_average random_direction": {},
     "norm vdot": {"tree": WEIGHTS, "a": WEIGHTS, "b": WEIGHTS},
     "switch_at measurements": {},
 }
@@ -184,6 +184,7 @@ NOT_ONLY_PARAMS = [
     (eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0)), TypeError, "object at .activation", "eqx.partition(model, "),
     (nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0))), TypeError, "uint32 at ['rngs']", "optax_sam.nnx for models"),
     ({"w": jnp.ones((3, 2), jnp.float8_e5m2)}, TypeError, "got float8_e5m2", "16 bits or more"),
+    (nnx.BatchNorm(2, rngs=nnx.Rngs(0)), TypeError, "a model of Flax NNX, BatchNorm", "optax_sam.nnx.value_and_grad("),
 ]
 PAIR = [((1.0, WEIGHTS), ValueError, "got PyTreeDef((*, {'w': *}))", "Take the gradient alone, as jax.grad(loss_fn)")]
 LOSS = "must be the loss, a floating-point scalar"
@@ -262,7 +263,15 @@ TABLE = [
     *rows("wsam", "gamma", [BAD_RADIUS[1], *these(ValueError, "must be below 1 and at least 0", -0.1, 1.0)]),
     *rows("vasso", "theta", [BAD_RADIUS[1], *NOT_POSITIVE[:1]]),
     *rows("less_average friendly_sam", "sigma", BAD_RADIUS[:1]),
-    *rows("less_average friendly_sam ae_sam momentum_sam lagged_sam on_momentum", "decay", BAD_RADIUS[1:]),
+    *rows(
+        "less_average friendly_sam ae_sam momentum_sam lagged_sam on_momentum",
+        "decay",
+        [BAD_RADIUS[1], *these(ValueError, "must be below 1 and at least 0", -0.1, 1.0)],
+    ),
+    *rows("random_direction random_sam", "key", these(TypeError, "one PRNG key, or an int", None, 1.5, True)),
+    *rows("random_sam", "key", [(INTS[1], TypeError, "Array(1", "name it in static_args")]),
+    *rows("rho_by_learning_rate", "learning_rate", these(TypeError, "must be a schedule", 0.1)),
+    *rows("vasso", "theta", [(1.5, ValueError, "-0.5", "at least 0")]),
     *rows("ae_sam", "threshold", BAD_RADIUS[:1]),
     *integers("look_sam sam_every", "period", 1),
     *rows("rho_by_learning_rate", "lr_max", [(0.0, ValueError, "lr_max=0.0", "must differ")]),
@@ -342,6 +351,23 @@ TABLE = [
     *rows("value_and_grad", "loss_fn", returning(NOT_LOSSES + NO_LOSS), evaluate),
     *rows("value_and_grad", "loss_fn", returning(NOT_AUX), evaluate, has_aux=True),
     *rows("value_and_grad", "batch", NOT_SPLIT, evaluate_split),
+    *rows(
+        "value_and_grad",
+        "batch",
+        [((EIGHT, jax.random.key(0)), ValueError, "batch[1]", "such as a PRNG key, as an argument of its own")],
+        evaluate_split,
+    ),
+    *called(
+        "aux",
+        rows(
+            "value_and_grad",
+            "loss_fn",
+            [(lambda *_: (jnp.ones([]), {"name": "mlp"}), TypeError, "'mlp'", "names apart")],
+            evaluate,
+            has_aux=True,
+            num_micro_batches=2,
+        ),
+    ),
     *rows("value_and_grad", "params", NOT_ONLY_PARAMS, evaluate),
     # Measurement
     *rows("measured", "value", NOT_LOSSES, update),
@@ -388,7 +414,7 @@ UNCHECKED = {
     "m_sharpness": {"num_micro_batches"},
     "norm": {"shards"},
     "vdot": {"shards"},
-    "rho_by_learning_rate": {"learning_rate", "lr_min", "rho_min", "rho_max"},
+    "rho_by_learning_rate": {"lr_min", "rho_min", "rho_max"},
     "no_vectors": {"params"},
 }
 ANYWHERE = {"progress", "key"}

@@ -301,7 +301,7 @@ WRONG = {
     "state": (
         lambda f: f(loss_of, link=optax_sam.late(optax_sam.sam(0.1), 1))(Network(nnx.Rngs(0)), BATCH),
         ValueError,
-        "Use `gradient_estimator`",
+        "Use `optax_sam.nnx.gradient_estimator`",
     ),
     "loss": (
         lambda f: f(lambda model, batch: model(batch["x"]))(Network(nnx.Rngs(0)), BATCH),
