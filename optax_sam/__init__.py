@@ -35,6 +35,7 @@ How sharp the loss is
 from optax_sam._norms import norm, vdot
 from optax_sam.ascent import (
     AscentState,
+    AverageState,
     adaptive_ascent,
     less_average,
     normalized_ascent,
@@ -88,6 +89,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AscentState",
+    "AverageState",
     "AveragedState",
     "GradientEstimator",
     "LookSAMState",

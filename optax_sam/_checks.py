@@ -71,10 +71,11 @@ def as_key(key: Any) -> jax.Array:
     """The PRNG key; raises unless it is one, typed or legacy, or a seed."""
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         return jax.random.key(int(key))
-    is_typed = jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key) and not key.ndim
-    if not is_typed and not (getattr(key, "dtype", None) == np.uint32 and key.shape == (2,)):
-        raise TypeError(f"key must be one PRNG key, or an int as its seed; got {key!r}.{if_injected(key)}")
-    return key
+    if isinstance(key, (jax.Array, np.ndarray)):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == 0 if is_typed else (key.dtype, key.shape) == (np.uint32, (2,)):
+            return jnp.asarray(key)
+    raise TypeError(f"key must be one PRNG key, or an int as its seed; got {key!r}.{if_injected(key)}")
 
 
 def is_real(dtype: Any) -> bool:

@@ -122,7 +122,9 @@ def across(tree: Any, other: Any, shards: Declared = ()) -> Any:
     unit = at_length(wide(other), norm(other, shards), 1.0)
     rest = plus(tree, -vdot(unit, tree, shards), unit)
     length = norm(rest, shards)
-    is_rounding = length <= 100 * jnp.finfo(length.dtype).eps * norm(tree, shards)
+    of_leaves = [jnp.finfo(jnp.result_type(leaf)).eps for leaf in jax.tree.leaves((tree, other))]
+    rounding = max([100 * jnp.finfo(length.dtype).eps, *(2 * eps for eps in of_leaves)])
+    is_rounding = length <= rounding * norm(tree, shards)
     return jax.tree.map(lambda x: jnp.where(is_rounding, 0, x), rest)
 
 

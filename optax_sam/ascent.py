@@ -29,6 +29,18 @@ class AscentState(NamedTuple):
     ascent_step: jax.Array
 
 
+class AverageState(NamedTuple):
+    """State of :func:`less_average`.
+
+    Attributes:
+        has_begun: 0 before the first update, then 1; a float, so that a batch of padding alone leaves it as it is.
+        mean: m, a tree like the params.
+    """
+
+    has_begun: jax.Array
+    mean: optax.Updates
+
+
 def normalized_ascent(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Step of length rho along the gradient.
 
@@ -198,7 +210,8 @@ def less_average(sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike 
     .. math::
         d_t = g_t - \sigma m_t, \qquad m_{t+1} = \beta m_t + (1 - \beta) g_t, \qquad m_1 = g_0, \quad d_0 = g_0
 
-    What is left is the part that batches do not share: ``optax.chain(less_average(), normalized_ascent(rho))``.
+    What is left is the part that batches do not share: ``optax.chain(less_average(), normalized_ascent(rho))``. A
+    gradient that is not finite stays in the average: put the whole state back, as ``examples/mixed_precision.py`` does.
 
     Args:
         sigma: σ, a real scalar.
@@ -228,15 +241,14 @@ def less_average(sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike 
     check_nonnegative("decay", decay, below=1)
 
     def init(params):
-        return optax.EmaState(count=jnp.zeros([], jnp.int32), ema=optax.tree.zeros_like(params))
+        return AverageState(has_begun=jnp.zeros([], jnp.float32), mean=optax.tree.zeros_like(params))
 
     def update(updates, state, params=None):
         del params
-        direction = plus(updates, -jnp.asarray(sigma), state.ema)
-        average = plus(scaled(state.ema, decay), 1 - decay, updates)
-        average = jax.tree.map(lambda g, m: jnp.where(state.count == 0, g, m), updates, average)
-        average = optax.tree.cast_like(average, state.ema)
-        return direction, optax.EmaState(count=jnp.asarray(optax.safe_increment(state.count)), ema=average)
+        direction = plus(updates, -jnp.asarray(sigma), state.mean)
+        mean = plus(scaled(state.mean, decay), 1 - decay, updates)
+        mean = jax.tree.map(lambda g, m: jnp.where(state.has_begun == 0, g, m), updates, mean)
+        return direction, AverageState(jnp.ones_like(state.has_begun), optax.tree.cast_like(mean, state.mean))
 
     return optax.GradientTransformation(init, update)
 

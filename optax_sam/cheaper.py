@@ -279,7 +279,8 @@ def ae_sam(
         \sigma^2 \leftarrow \delta \sigma^2 + (1 - \delta) (\|g\|_2^2 - \mu)^2
 
     with μ and σ from zero, brought up to date before they are compared. One or two gradients per step. Under ``vmap``,
-    and so in the estimator with ``strategy="vmap"``, both are evaluated in every step.
+    and so in the estimator with ``strategy="vmap"``, both are evaluated in every step. A gradient that is not finite
+    stays in μ and σ, and SAM off: put the whole state back, as ``examples/mixed_precision.py`` does.
 
     Args:
         rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of steps

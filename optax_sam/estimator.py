@@ -263,6 +263,8 @@ class _Estimate(NamedTuple):
         if size is None:
             raise ValueError(f"Micro-batches need a batch, at batch_argnums={self.batch_argnums}; got none.")
         for name, tree in (arguments.others | arguments.keywords).items():
+            if name == "_model":  # the arrays of a model, by optax_sam.nnx
+                continue
             shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray))]
             if any(shape and shape[0] == size for shape in shapes):
                 raise ValueError(

@@ -385,7 +385,8 @@ def vasso(
     .. math::
         s = \nabla L(w + \rho \, d / \|d\|_2), \qquad d \leftarrow (1 - \theta) d + \theta g, \quad d_0 = 0
 
-    Two gradients per step; d is one more copy of the params. θ = 1 is SAM.
+    Two gradients per step; d is one more copy of the params. θ = 1 is SAM. A gradient that is not finite stays in d:
+    put the whole state back, as ``examples/mixed_precision.py`` does.
 
     Args:
         rho: length of the perturbation, in the units of the params: a scalar ≥ 0, or a schedule of the number of

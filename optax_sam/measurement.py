@@ -18,7 +18,7 @@ from optax_sam._evaluation import Recorder, evaluation
 from optax_sam._norms import at_length, norm, wide, widen
 from optax_sam.averaging import check_no_average
 from optax_sam.single_pass import OneGradient, same_kind
-from optax_sam.switching import Switch, SwitchState
+from optax_sam.switching import RuleOfStep, Switch, SwitchState
 
 UNKNOWN = np.float32(np.nan)  # what nobody evaluated
 
@@ -105,7 +105,7 @@ def measured(link: optax.GradientTransformation) -> optax.GradientTransformation
     """
     link = as_link("link", link)
     if isinstance(link, Switch):
-        return link.each(measured)
+        return link.each(measured, after=None if isinstance(link.rule, RuleOfStep) else _with_the_same)
 
     def init(params):
         zeros = Measurements(*(jnp.zeros([], jnp.float32) for _ in Measurements._fields))
@@ -146,6 +146,18 @@ def _check_losses(value: Any, value_fn: Any) -> None:
             "value_fn=loss_fn, batch=batch` to update, or use `gradient_estimator(loss_fn, measured(link))`."
         )
     check_loss("value", value)
+
+
+def _with_the_same(states: list[Any], active: Any) -> list[Any]:
+    """The states with the measurements of the active link in all: micro-batches in different phases have one mean."""
+    [found] = _found_in(active, "a phase of a switch")
+
+    def is_measured(node):
+        return isinstance(node, MeasuredState)
+
+    return jax.tree.map(
+        lambda node: node._replace(measurements=found) if is_measured(node) else node, states, is_leaf=is_measured
+    )
 
 
 def _without_aux(loss: Any, gradient: Any) -> tuple[Any, None, Any]:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from optax_sam import estimator
 from optax_sam._axes import AxisNames
+from optax_sam._checks import is_float
 from optax_sam._micro_batches import Strategy
 from optax_sam.estimator import AscentPer, GradientEstimator
 
@@ -55,7 +56,7 @@ def value_and_grad(
 
     Returns:
         A function of ``(model, batch, *args, **kwargs)`` that returns ``(loss, grads)``, or ``((loss, aux), grads)``,
-        and updates the statistics and counters of the model.
+        and updates the statistics and counters of the model. What loss_fn writes into an ``nnx.Param`` is dropped.
 
     Raises:
         TypeError: as :func:`optax_sam.gradient_estimator`; when called, if another argument holds a Flax NNX object.
@@ -120,7 +121,7 @@ def gradient_estimator(
     """
     chosen = _filter_of(argnums)
     if weight_fn := options.get("weight_fn"):
-        options["weight_fn"] = lambda *args, _keys, **kwargs: weight_fn(*args, **kwargs)
+        options["weight_fn"] = lambda *args, _model, **kwargs: weight_fn(*args, **kwargs)
 
     def init(model):
         return link.init(nnx.as_pure(_Parts.of(model, chosen).params))
@@ -129,15 +130,18 @@ def gradient_estimator(
         _check_arrays(args, kwargs)
         parts = _Parts.of(model, chosen)
 
-        def pure_loss(arrays, *args, _keys, **kwargs):
-            copy = parts.merged(arrays, _keys)
+        def pure_loss(arrays, *args, _model, **kwargs):
+            copy = parts.merged(arrays, *_model)
             loss, aux = estimator.loss_and_aux(loss_fn(copy, *args, **kwargs), has_aux)
-            return loss, (aux, _changed(parts.rest, _Parts.of(copy, chosen).rest))
+            *_, before = _model
+            changed = _changed(before, _Parts.of(copy, chosen).rest)
+            return loss, (aux, changed, jnp.float32(1))
 
         estimate = estimator.gradient_estimator(pure_loss, link, has_aux=True, **options).value_and_grad
-        arrays, keys = nnx.as_pure(parts.params), parts.scalar_keys()  # scalar: the estimator folds no others
-        (loss, (aux, changed)), grads, state = estimate(arrays, state, *args, _keys=keys, **kwargs)
-        parts.update(model, changed)
+        others = parts.frozen, parts.scalar_keys(), parts.rest  # arguments, of which the estimator folds scalar keys
+        value, grads, state = estimate(nnx.as_pure(parts.params), state, *args, _model=others, **kwargs)
+        loss, (aux, changed, weight) = value
+        parts.update(model, changed, weight)
         grads = jax.tree.unflatten(
             jax.tree.structure(parts.params), jax.tree.leaves(grads)
         )  # variables, as NNX has them
@@ -169,17 +173,19 @@ class _Parts(NamedTuple):
         """The keys one by one: layers that are stacked have an array of them each."""
         return [[key.ravel()[index] for index in range(key.size)] for key in jax.tree.leaves(self.keys)]
 
-    def merged(self, arrays: Any, scalar_keys: list[list[jax.Array]]) -> Any:
+    def merged(self, arrays: Any, frozen: Any, scalar_keys: list[list[jax.Array]], rest: Any) -> Any:
         """A copy of the model with other arrays and keys."""
         leaves, structure = jax.tree.flatten(self.keys)
         pairs = zip(leaves, scalar_keys, strict=True)
         keys = structure.unflatten([jnp.stack(scalars).reshape(key.shape) for key, scalars in pairs])
-        return nnx.merge(self.graphdef, arrays, self.frozen, keys, self.rest)
+        return nnx.merge(self.graphdef, arrays, frozen, keys, rest)
 
-    def update(self, model: Any, changed: dict[int, jax.Array]) -> None:
-        """Gives the model what a pass changed."""
+    def update(self, model: Any, changed: dict[int, jax.Array], weight: jax.Array) -> None:
+        """Gives the model what a pass changed; of floats nothing, if all that it saw was padding of no weight."""
         leaves, structure = jax.tree.flatten(self.rest)
-        nnx.update(model, structure.unflatten(changed.get(index, leaf) for index, leaf in enumerate(leaves)))
+        for index, new in changed.items():
+            leaves[index] = jnp.where(weight == 0, leaves[index], new) if is_float(new) else new
+        nnx.update(model, structure.unflatten(leaves))
 
 
 def _filter_of(argnums: Any) -> Any:

@@ -76,7 +76,8 @@ def on_momentum(
     .. math::
         s_t = \mathrm{inner}(v_t), \qquad v_{t+1} = \beta v_t + s_t, \qquad v_0 = 0
 
-    As for :func:`one_gradient`, one gradient is evaluated in all.
+    As for :func:`one_gradient`, one gradient is evaluated in all. A gradient that is not finite stays in v: put the
+    whole state back, as ``examples/mixed_precision.py`` does.
 
     Args:
         inner: link from v to s, such as ``sam(rho)``.

@@ -114,6 +114,16 @@ def switch_by(
     return Switch.between(rule_of_step(index_fn), _named(links))
 
 
+class RuleState(NamedTuple):
+    """State of the rule of :func:`switch_on`; its type tells that members of an axis may be in different phases.
+
+    Attributes:
+        inner: the state of the rule.
+    """
+
+    inner: optax.OptState
+
+
 def switch_on(
     rule: optax.GradientTransformation, links: Sequence[optax.GradientTransformation]
 ) -> optax.GradientTransformationExtraArgs:
@@ -131,7 +141,8 @@ def switch_on(
         TypeError: rule is not a transformation, or links is not a sequence of them; at ``update``, the index is not an
             integer, or the outputs or states of the links differ in structure, shape or dtype.
         ValueError: at ``update``, one link averages over micro-batches and another does not, or members of a mapped
-            axis choose for themselves between links that communicate over it.
+            axis choose for themselves between links that communicate over it. In a chain under ``pmap`` or
+            ``check_vma=False`` nothing tells: a member's own gradient beside a ``grad_fn`` that averages hangs.
 
     Example:
         >>> import optax_sam
@@ -140,7 +151,16 @@ def switch_on(
         >>> print(where_steep.init(jnp.zeros(2)).switch_step)
         0
     """
-    return Switch.between(as_link("rule", rule), _named(links))
+    rule = as_link("rule", rule)
+
+    def init(params):
+        return RuleState(rule.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        index, inner = rule.update(updates, state.inner, params, **extra_args)
+        return index, RuleState(inner)
+
+    return Switch.between(optax.GradientTransformationExtraArgs(init, update), _named(links))
 
 
 def _named(links: Sequence[optax.GradientTransformation]) -> dict[str, optax.GradientTransformationExtraArgs]:
@@ -165,6 +185,9 @@ def rule_of_step(index_fn: Callable[[jax.Array], jax.typing.ArrayLike]) -> RuleO
     return RuleOfStep(lambda params: (), update)
 
 
+After = Callable[[list[optax.OptState], optax.OptState], list[optax.OptState]]
+
+
 class Switch(optax.GradientTransformationExtraArgs):
     """A switch that exposes its links to wrappers that belong inside it."""
 
@@ -179,8 +202,12 @@ class Switch(optax.GradientTransformationExtraArgs):
         links: Mapping[str, optax.GradientTransformationExtraArgs],
         *,
         shares_state: bool = False,
+        after: After | None = None,
     ) -> "Switch":
-        """The switch, whose errors name the links; with one state for all of them if it is shared."""
+        """The switch, whose errors name the links; with one state for all of them if it is shared.
+
+        ``after`` makes of the states of all links and the new one of the active link those that are kept.
+        """
 
         def init(params):
             step, phase = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
@@ -197,7 +224,7 @@ class Switch(optax.GradientTransformationExtraArgs):
             index, rule_state = rule.update(updates, state.rule_state, params, switch_step=step, **extra_args)
             index = _as_index(index)
             phase = jnp.clip(index, 0, len(links) - 1)
-            branches = _branches(links, updates, state, params, extra_args)
+            branches = _branches(links, updates, state, params, extra_args, after)
             if isinstance(phase, Tracer):
                 if not isinstance(rule, RuleOfStep):
                     _check_choice(index, branches, extra_args)
@@ -213,10 +240,14 @@ class Switch(optax.GradientTransformationExtraArgs):
         switch.rule, switch.links, switch.shares_state = rule, links, shares_state
         return switch
 
-    def each(self, wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> "Switch":
+    def each(
+        self,
+        wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+        after: After | None = None,
+    ) -> "Switch":
         """The same switch between wrapped links."""
         wrapped = {name: as_link(name, wrap(link)) for name, link in self.links.items()}
-        return self.between(self.rule, wrapped, shares_state=self.shares_state)
+        return self.between(self.rule, wrapped, shares_state=self.shares_state, after=after)
 
 
 def _kind(tree: Any) -> Any:
@@ -231,17 +262,24 @@ def _branches(
     state: SwitchState,
     params: Any,
     extra_args: dict[str, Any],
+    after: After | None,
 ) -> list[Callable[[], Any]]:
     """For each link the function to its outputs and the states of all links."""
     axes = varying_axes(updates) - _shard_axes(extra_args)  # over shards, what is not sharded stays the same
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
+    is_own = any(isinstance(node, RuleState) for node in nodes)
 
     def branch(position, name, link):
         def run():
             states = list(state.link_states)
             own = min(position, len(states) - 1)  # the only one if they share it
             outputs, states[own] = link.update(updates, states[own], params, **extra_args)
-            # All branches must return one type, and any of them may have made a float vary.
-            return outputs, jax.tree.map(lambda leaf: vary(leaf, axes) if is_float(leaf) else leaf, tuple(states))
+            states = states if after is None else after(states, states[own])
+            # All branches must return one type, and any of them may have made a float vary; and an integer, where
+            # members of an axis choose for themselves.
+            return outputs, jax.tree.map(
+                lambda leaf: vary(leaf, axes) if is_own or is_float(leaf) else leaf, tuple(states)
+            )
 
         run.__name__ = name  # by which JAX calls it where branches differ
         return run

@@ -132,6 +132,30 @@ def test_a_rule_that_sees_the_gradient_is_refused_where_members_would_wait_for_e
     assert_close(actual, everywhere.value_and_grad(PARAMS, link.init(PARAMS), BATCH))
 
 
+CHOOSING_LINKS = {
+    "ae_sam": optax_sam.ae_sam(lambda step: RHO * (1 + step), decay=0.1),
+    "late": optax_sam.late(optax_sam.ae_sam(RHO, decay=0.1), 0),
+    "measured": optax_sam.measured(optax_sam.ae_sam(RHO, decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("place", ["pmap", "shard_map"])
+def test_members_that_choose_for_themselves_keep_one_state(place):
+    """Integers in it too: of a schedule in a link that some members have run and others have not."""
+
+    def estimate_of(link):
+        return optax_sam.gradient_estimator(mlp_loss, link, axis_name="data").value_and_grad
+
+    def expected_of(link):
+        options = {"num_micro_batches": DEVICES, "strategy": "unroll"}
+        return optax_sam.gradient_estimator(mlp_loss, link, **options).value_and_grad
+
+    expected = jax.jit(three_calls(CHOOSING_LINKS, expected_of))(PARAMS, BATCH)
+    assert_close(MAPS[place](three_calls(CHOOSING_LINKS, estimate_of), PARAMS), expected)
+    _, _, state = expected["measured"]
+    assert 0 < optax_sam.measurements(jax.tree.map(lambda x: x[-1], state)).active < 1
+
+
 @every_map
 def test_measurements_of_losses_that_average_themselves_are_those_of_each_member(run):
     link = optax_sam.measured(optax_sam.usam(RHO))

@@ -123,7 +123,6 @@ def test_random_directions_are_those_of_the_key_on_devices_and_shards_too():
 
     def of_member(link, params):
         def update(x):
-            # pmean of the squares: of the directions on the diagonal, and of what all share
             return link.update(grad_fn(params, x), link.init(params), params, grad_fn=grad_fn, batch=x)[0]
 
         return jax.vmap(update, axis_name="data")(batch)
@@ -182,3 +181,39 @@ def test_late_momentum_sam_is_sgd_first_and_has_the_clean_loss():
         assert_close(loss, clean[0])
         difference = optax.tree.norm(jax.tree.map(jnp.subtract, grads, clean[1]))
         assert (difference > 1e-3) == active
+
+
+def test_measurements_are_means_though_micro_batches_choose_for_themselves():
+    link = measured(optax_sam.ae_sam(0.1, decay=0.1))
+    estimator = optax_sam.gradient_estimator(mlp_loss, link, num_micro_batches=4)
+    params, state, step = mlp_params(), estimator.init(mlp_params()), jax.jit(estimator.value_and_grad)
+    parts = [jax.tree.map(lambda x, j=j: x[2 * j : 2 * j + 2], mlp_batch()) for j in range(4)]
+    expected = jnp.mean(jnp.stack([optax.tree.norm(jax.grad(mlp_loss)(params, part)) for part in parts]))
+    for _ in range(3):
+        loss, _, state = step(params, state, mlp_batch())
+        found = measurements(state)
+        assert_close((found.clean_norm, found.clean_loss), (expected, loss))
+    assert 0 < found.active < 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_look_sam_has_nothing_to_reuse_where_sam_adds_only_rounding(dtype):
+    params, link = jnp.linspace(0.5, 1.5, 64, dtype=dtype), optax_sam.look_sam(0.05, period=2)
+    grad_fn = jax.grad(lambda w: 0.5 * jnp.sum(w.astype(jnp.float32) ** 2))  # s and g are parallel
+    state = link.init(params)
+    for _ in range(2):
+        updates, state = link.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    assert_identical(updates, grad_fn(params))
+
+
+def test_a_first_batch_of_padding_alone_does_not_begin_an_average():
+    options = {"num_micro_batches": 2, "weight_fn": lambda batch: jnp.sum(batch["valid"])}
+    estimator = optax_sam.gradient_estimator(mlp_loss_of_valid, optax_sam.friendly_sam(0.1), **options)
+    step, state = jax.jit(estimator.value_and_grad), estimator.init(mlp_params())
+    _, _, padded = step(mlp_params(), state, mlp_batch() | {"valid": jnp.zeros(8)})
+    batch = mlp_batch() | {"valid": jnp.ones(8)}
+    assert_close(step(mlp_params(), padded, batch), step(mlp_params(), state, batch))
+
+
+def mlp_loss_of_valid(params, batch):
+    return mlp_loss(params, batch) * jnp.where(jnp.sum(batch["valid"]) > 0, 1, jnp.nan)

@@ -248,6 +248,36 @@ def test_devices_hold_micro_batches():
     assert_close((arrays(actual), arrays(model)), (arrays(expected), arrays(same)))
 
 
+def test_padding_alone_leaves_the_statistics_as_they_were():
+    def loss_fn(model, batch, valid):
+        return jnp.sum(valid * (model(batch["x"]) - batch["y"])[:, 0] ** 2) / jnp.maximum(jnp.sum(valid), 1)
+
+    options = {"batch_argnums": (1, 2), "weight_fn": lambda batch, valid: jnp.sum(valid), "num_micro_batches": 2}
+    model = Network(nnx.Rngs(0))
+    before = arrays(nnx.state(model, nnx.BatchStat))
+    step = nnx.jit(optax_sam.nnx.value_and_grad(loss_fn, optax_sam.sam(0.1), **options))
+    step(model, BATCH, jnp.zeros(16))
+    assert_identical(arrays(nnx.state(model, nnx.BatchStat)), before)
+    step(model, BATCH, jnp.ones(16))
+    assert not np.allclose(arrays(nnx.state(model, nnx.BatchStat))[0], before[0])
+
+
+def test_training_on_the_devices_of_an_explicit_mesh():
+    """After the first step the whole model is on the mesh."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Explicit,))
+    batch = jax.device_put(BATCH, jax.sharding.NamedSharding(mesh, PartitionSpec("data")))
+    results = []
+    for examples, options in ((batch, {"axis_name": "data"}), (BATCH, {"num_micro_batches": 4})):
+        model = Network(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        value_and_grad = optax_sam.nnx.value_and_grad(loss_of, optax_sam.sam(0.1), **options)
+        for _ in range(2):
+            loss, grads = value_and_grad(model, examples)
+            optimizer.update(model, grads)
+        results.append(jax.device_get((loss, arrays(model))))
+    assert_close(*results)
+
+
 def test_what_is_frozen_stays_bit_for_bit_and_does_not_move_in_the_ascent():
     model, seen = Adapted(nnx.Rngs(0)), []
     before = arrays(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
