@@ -132,8 +132,10 @@ def test_a_rule_that_sees_the_gradient_is_refused_where_members_would_wait_for_e
     assert_close(actual, everywhere.value_and_grad(PARAMS, link.init(PARAMS), BATCH))
 
 
+IS_LONG = optax.stateless(lambda updates, _: optax_sam.norm(updates) ** 2 > 20)  # on some members, not on the first
 CHOOSING_LINKS = {
-    "ae_sam": optax_sam.ae_sam(lambda step: RHO * (1 + step), decay=0.1),
+    "schedule": optax_sam.switch_on(IS_LONG, [optax.identity(), optax_sam.sam(lambda step: RHO * (1 + step))]),
+    "ae_sam": optax_sam.ae_sam(RHO, decay=0.1),
     "late": optax_sam.late(optax_sam.ae_sam(RHO, decay=0.1), 0),
     "measured": optax_sam.measured(optax_sam.ae_sam(RHO, decay=0.1)),
 }
