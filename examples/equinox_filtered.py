@@ -16,7 +16,7 @@ images, labels = load_digits(return_X_y=True)
 images, test = images.astype(np.float32) / 16, slice(1347, None)
 
 model = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=jax.random.key(0))
-# Where filter_value_and_grad chooses the arrays, the estimator wants them chosen: a loss of params, and what is static.
+# eqx.filter_value_and_grad picks out the arrays itself; here the model is split into params and the static rest first.
 params, static = eqx.partition(model, eqx.is_inexact_array)
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning a pretrained sentence encoder with AdamW, warm-up, clipping, accumulation, padding and late SAM.
 
-    python examples/fine_tune_text.py        # downloads the encoder and film reviews into data/: 90 MB
+    python examples/fine_tune_text.py        # downloads what benchmarks/papers/text.py loads into data/: 90 MB
 
 The last batch of an epoch is filled with rows that do not count, by ``weight_fn``. SAM takes the last third of the
 steps; before it, a step costs one gradient.

@@ -23,17 +23,17 @@ def loss_fn(params, batch, scale):
     return scale * optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-# The ascent is normalized: under any scale ε is the same. Clipping comes behind the division.
+# SAM's ascent is normalized: ε is the same under any scale. (USAM's is not, nor are averages of gradients over steps.)
 estimator = optax_sam.gradient_estimator(loss_fn, optax_sam.late(optax_sam.sam(rho=0.1), start=100))
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
 
 
 @jax.jit
 def step(params, states, scale, good_steps, batch):
-    """The next params, states, scale and number of steps since it changed; where anything overflows, nothing moves."""
+    """The next params, states, scale and number of steps since an overflow, in which nothing but the scale changes."""
     sam_state, state = states
     loss, grads, sam_state = estimator.value_and_grad(params, sam_state, batch, scale)
-    grads = optax.tree.scale(1 / scale, grads)
+    grads = optax.tree.scale(1 / scale, grads)  # before they are clipped
     is_finite = jnp.isfinite(optax_sam.norm(grads))
     updates, state = tx.update(grads, state, params)
     after = optax.apply_updates(params, updates), (sam_state, state)

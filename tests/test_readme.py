@@ -126,5 +126,5 @@ def test_the_first_page_counts_claims_and_faults():
     rows, release = faults["rows"], faults["versions"]["optax"]
     right = sum(row["contrib_is_right"] for row in rows)
     assert all(row["ours_is_right"] for row in rows)
-    asked = f"Of {len(rows)} things that SAM in JAX was asked for, `optax.contrib.sam` (Optax {release})"
-    assert f"{asked} does {right} as asked, and this library all" in text
+    asked = f"Of {len(rows)} things that users asked of SAM in JAX, `optax.contrib.sam` (Optax {release})"
+    assert f"{asked} does {right} as asked, this library all {len(rows)}" in text

@@ -40,7 +40,7 @@ def test_short_examples_learn(name, capsys):
 def test_short_examples_are_short(name):
     lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 60
-    assert "argparse" not in lines
+    assert not any("argparse" in line for line in lines)
 
 
 def digits():
@@ -75,14 +75,16 @@ def test_a_step_that_overflows_leaves_everything_as_it_was_but_the_scale():
 
 @pytest.mark.heavy
 def test_fine_tuning_learns_made_up_sentences_and_padding_does_not_count(monkeypatch):
+    """The rows that fill the last batch are repeated ones: with other labels there, nothing changes."""
     task = text.synthetic(epochs=1)
-    params = task.network.init(jax.random.key(0), task.data.train_images[:1])["params"]
-    monkeypatch.setattr(fine_tune_text, "BATCH", 40)  # of 48: the second batch is filled
+    tokens, labels = task.data.train_images[:44], task.data.train_labels[:44]
+    params = task.network.init(jax.random.key(0), tokens[:1])["params"]
+    monkeypatch.setattr(fine_tune_text, "BATCH", 40)
     with jax.numpy_rank_promotion("allow"):
-        trained = fine_tune_text.train(task.network, params, task.data.train_images, task.data.train_labels, epochs=30)
-        logits = task.network.apply({"params": trained}, task.data.train_images)
-        before = task.network.apply({"params": params}, task.data.train_images)
-    losses = [
-        optax.softmax_cross_entropy_with_integer_labels(x, task.data.train_labels).mean() for x in (before, logits)
-    ]
-    assert losses[1] < losses[0]
+        trained = fine_tune_text.train(task.network, params, tokens, labels, epochs=20)
+        logits = [task.network.apply({"params": x}, tokens) for x in (params, trained)]
+        monkeypatch.setattr(np, "resize", lambda rows, size: np.pad(rows, (0, size - len(rows))))  # filled by row 0
+        other = fine_tune_text.train(task.network, params, tokens, labels, epochs=20)
+    before, after = (optax.softmax_cross_entropy_with_integer_labels(x, labels).mean() for x in logits)
+    assert after < before
+    assert_close(other, trained)
