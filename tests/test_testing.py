@@ -12,7 +12,7 @@ from tests.helpers.registry import MEMBERS, RHO
 ALONE = {member.name: member.make(RHO) for member in MEMBERS if not member.stacked}
 
 
-QUICK = ("sam", "late-momentum-ascent", "look_sam", "ae_sam", "random_sam")
+QUICK = ("look_sam", "random_sam")
 
 
 @pytest.mark.parametrize(
