@@ -142,10 +142,8 @@ def gradient_estimator(
         value, grads, state = estimate(nnx.as_pure(parts.params), state, *args, _model=others, **kwargs)
         loss, (aux, changed, weight) = value
         parts.update(model, changed, weight)
-        grads = jax.tree.unflatten(
-            jax.tree.structure(parts.params), jax.tree.leaves(grads)
-        )  # variables, as NNX has them
-        return (loss, aux) if has_aux else loss, grads, state
+        variables = jax.tree.unflatten(jax.tree.structure(parts.params), jax.tree.leaves(grads))
+        return (loss, aux) if has_aux else loss, variables, state
 
     estimator.gradient_estimator(loss_fn, link, **options)  # checks the arguments
     return GradientEstimator(init, value_and_grad)

@@ -13,7 +13,7 @@ import optax
 
 from optax_sam._axes import vary, varying_axes
 from optax_sam._checks import as_link, check_nonnegative, check_state
-from optax_sam._norms import plus
+from optax_sam._norms import plus, scaled, wide
 
 
 class OneGradient(optax.GradientTransformationExtraArgs):
@@ -25,7 +25,7 @@ class MomentumState(NamedTuple):
 
     Attributes:
         link_state: the state of the link.
-        momentum: v, a tree like the params.
+        momentum: v, a tree like the params, in float32 or wider: a sum of float16 gradients overflows.
     """
 
     link_state: optax.OptState
@@ -108,14 +108,13 @@ def on_momentum(
     check_nonnegative("decay", decay, below=1)
 
     def init(params):
-        return MomentumState(inner.init(params), optax.tree.zeros_like(params))
+        return MomentumState(inner.init(params), wide(optax.tree.zeros_like(params)))
 
     def update(updates, state, params=None, **extra_args):
         check_state(state, MomentumState)
         momentum = jax.tree.map(lambda v, g: vary(v, varying_axes(g)), state.momentum, updates)
         outputs, link_state = inner.update(momentum, state.link_state, params, **extra_args)
-        momentum = optax.tree.cast_like(plus(outputs, decay, momentum), momentum)
-        return outputs, MomentumState(link_state, momentum)
+        return outputs, MomentumState(link_state, plus(scaled(momentum, decay), 1, outputs))
 
     return OneGradient(init, update)
 

@@ -205,6 +205,12 @@ KINDS = {
     "micro_batched-stable",
     "late-msam",
     "switch_at",
+    "gsam",
+    "friendly_sam",
+    "look_sam",
+    "ae_sam",
+    "lagged_sam",
+    "random_sam",
 )
 @pytest.mark.parametrize("dtypes", KINDS.values(), ids=KINDS)
 def test_gradients_of_any_size_stay_finite_and_keep_their_dtype(member, dtypes):
