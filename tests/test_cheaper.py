@@ -217,3 +217,18 @@ def test_a_first_batch_of_padding_alone_does_not_begin_an_average():
 
 def mlp_loss_of_valid(params, batch):
     return mlp_loss(params, batch) * jnp.where(jnp.sum(batch["valid"]) > 0, 1, jnp.nan)
+
+
+def test_rho_follows_the_learning_rate_between_its_bounds():
+    learning_rate = optax.warmup_cosine_decay_schedule(0.0, 0.5, 10, 40, end_value=0.1)
+    rho = optax_sam.rho_by_learning_rate(learning_rate, lr_min=0.1, lr_max=0.5, rho_min=0.02, rho_max=0.2)
+    steps = np.array([0, 1, 4, 10, 20, 40])
+    rates = np.array([learning_rate(step) for step in steps])
+    expected = np.interp(rates, [0.1, 0.5], [0.02, 0.2])  # which is flat outside
+    np.testing.assert_allclose([rho(step) for step in steps], expected, rtol=1e-5)
+    assert (rates[:2] < 0.1).all()
+    state = (link := optax_sam.gsam(rho, alpha=0.0)).init(jnp.ones(2))
+    for step in range(2):
+        seen = []
+        _, state = link.update(jnp.ones(2), state, jnp.ones(2), grad_fn=lambda w, seen=seen: seen.append(w) or w)
+        np.testing.assert_allclose(np.linalg.norm(seen[0] - 1), rho(step), rtol=1e-4)

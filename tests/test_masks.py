@@ -58,6 +58,10 @@ MODELS = {
         {".layers[1].weight", ".layers[1].bias", ".layers[3].norm.weight", ".layers[3].norm.bias"},
     ),
     "plain": (lambda: {"scale": jnp.ones(2), "w": jnp.ones((2, 2)), "n": {"scale": jnp.ones(2)}}, {"['n']['scale']"}),
+    "all that is held": (
+        lambda: {"norm": dict.fromkeys(("scale", "weight", "bias"), jnp.ones(2)), "other": {"weight": jnp.ones(2)}},
+        {f"['norm']['{name}']" for name in ("scale", "weight", "bias")},
+    ),
 }
 
 
