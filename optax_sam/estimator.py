@@ -41,6 +41,7 @@ from optax_sam._means import leading_size, mean_over_axes
 from optax_sam._mesh import mesh_of_examples, on_each_device
 from optax_sam._micro_batches import Strategy, mean_over_micro_batches, weights_of_micro_batches
 from optax_sam.single_pass import OneGradient
+from optax_sam.switching import chooses_by_gradient
 
 AscentPer = Literal["micro_batch", "device", "batch"]
 Params = TypeVar("Params")
@@ -298,12 +299,14 @@ class _Part(NamedTuple):
         def evaluate_micro_batch(index, batch):
             return evaluate(self._micro_batch(index, batch))
 
-        estimate = self.estimate
+        estimate, strategy = self.estimate, self.estimate.strategy
+        if strategy == "vmap" and estimate.axes and chooses_by_gradient(self.state):
+            strategy = "scan"  # in a shard_map, JAX's vmap of a branch that members choose for themselves raises
         return mean_over_micro_batches(
             evaluate_micro_batch,
             self.arguments.batch,
             estimate.num_micro_batches,
-            estimate.strategy,
+            strategy,
             self.weights,
             group_size=estimate.group_size,
             may_be_lazy=estimate.ascent_per == "micro_batch",

@@ -266,8 +266,7 @@ def _branches(
 ) -> list[Callable[[], Any]]:
     """For each link the function to its outputs and the states of all links."""
     axes = varying_axes(updates) - _shard_axes(extra_args)  # over shards, what is not sharded stays the same
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
-    is_own = any(isinstance(node, RuleState) for node in nodes)
+    is_own = chooses_by_gradient(state)
 
     def branch(position, name, link):
         def run():
@@ -295,6 +294,12 @@ def _as_index(index: Any) -> jax.Array:
             f"An index_fn or a rule must return an integer or a boolean, a scalar; got {jax.typeof(index)}."
         )
     return index.astype(jnp.int32)
+
+
+def chooses_by_gradient(state: Any) -> bool:
+    """Whether a link with this state holds a switch whose rule sees the gradient."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RuleState))
+    return any(isinstance(node, RuleState) for node in nodes)
 
 
 def _shard_axes(extra_args: dict[str, Any]) -> set[str]:

@@ -48,7 +48,9 @@ def digits():
     return rng.random((64, 64), np.float32), rng.integers(0, 10, 64)
 
 
-def test_the_perturbation_is_the_same_under_any_loss_scale():
+@pytest.mark.parametrize("half", [jnp.float16, jnp.bfloat16])
+def test_the_perturbation_is_the_same_under_any_loss_scale(half, monkeypatch):
+    monkeypatch.setattr(mixed_precision, "HALF", half)
     with jax.numpy_rank_promotion("allow"):
         params, *_ = mixed_precision.start()
         link = optax_sam.measured(optax_sam.sam(0.1))
@@ -58,7 +60,7 @@ def test_the_perturbation_is_the_same_under_any_loss_scale():
             _, grads, state = step(params, estimator.init(params), digits(), jnp.float32(scale))
             found.append((optax.tree.scale(1 / scale, grads), optax_sam.measurements(state).perturbation_norm))
     for (path, leaf), other in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=0.02, atol=1e-3, err_msg=jax.tree_util.keystr(path))  # of float16
+        np.testing.assert_allclose(leaf, other, rtol=0.02, atol=1e-3, err_msg=jax.tree_util.keystr(path))  # of 16 bits
     assert_close(found[0][1], jnp.float32(0.1))
 
 
