@@ -345,6 +345,33 @@ def test_auto_takes_a_loop_for_memory_alone(caplog):
     assert memory > 1.35
 
 
+@pytest.mark.parametrize(
+    ("recipe", "products", "grams", "copies"), [(optax_sam.sam, 3, 2, 0), (optax_sam.asam, 6, 0, 4)]
+)
+def test_the_estimated_time_is_the_formula(recipe, products, grams, copies, monkeypatch):
+    """For one layer of P × Q: products of KPQ, Gram matrices of K²(P + Q), and what is read and written of weights."""
+    plans, plan = [], mean.plan
+    monkeypatch.setattr(mean, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    p, q, m, k = 48, 32, 16, 4
+    loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
+    function = optax_sam.value_and_grad(loss_fn, recipe(RHO), num_micro_batches=m)
+    jax.jit(function).trace(jnp.ones((p, q)), jnp.ones((m * k, p)))
+    weights = 2 * p * q + 1  # the gradients of both passes, and the loss
+    lazily = m * (products * k * p * q + grams * k**2 * (p + q)) + 80 * weights + 400 * m * (copies * p * q + 1)
+    in_a_loop = m * (4 * k * p * q + 80 * weights)
+    [found] = plans
+    np.testing.assert_allclose(found.time, lazily / in_a_loop, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("k", "is_promising"), [(28, True), (29, False)])
+def test_shapes_alone_rule_out_large_micro_batches(k, is_promising, caplog):
+    """2.5 KPQ + 3 K²(P + Q) < 0.9 (3 KPQ + 80 PQ) up to K = 28.8 for P = Q = 64."""
+    loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
+    arguments = loss_fn, optax_sam.sam(RHO), jnp.ones((64, 64)), jnp.ones((2 * k, 64))
+    [message] = decision(caplog, *arguments, num_micro_batches=2)
+    assert ("the shapes of its weights" in message) != is_promising
+
+
 def test_estimates_count_matrix_products_and_arrays():
     w, x = jnp.ones((8, 8)), jnp.ones((4, 8))
 
