@@ -377,11 +377,11 @@ def test_estimates_count_matrix_products_and_arrays():
 
     def program(w, x):
         y = jax.lax.fori_loop(0, 3, lambda _, y: y @ w, x)  # 3 · 4 · 8 · 8
-        y = jax.lax.cond(y[0, 0] > 0, lambda: y @ w, lambda: y)  # 4 · 8 · 8
+        y = jax.lax.cond(y[0, 0] > 0, lambda: y @ w, lambda: y @ w @ w)  # the longer branch, 2 · 4 · 8 · 8
         return jax.lax.cond(y[0, 0] > 0, rarely(lambda: y @ w @ w), lambda: y)  # 0
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
-    assert multiply_adds(jaxpr) == 4 * 4 * 8 * 8
+    assert multiply_adds(jaxpr) == 5 * 4 * 8 * 8
     chain = jax.make_jaxpr(lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w @ w))(w, x).jaxpr
     assert peak_bytes(chain, lambda variable: variable.aval.size * 4) == 2 * 4 * 4 * 8  # two products at a time
 
