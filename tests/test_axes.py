@@ -115,7 +115,7 @@ def test_losses_that_average_themselves_are_right_for_every_recipe(place, links)
         assert_close(actual[name][compared], expected[name][compared])
 
 
-@pytest.mark.parametrize("place", ["pmap", "shard_map"])
+@pytest.mark.parametrize("place", [pytest.param("pmap", marks=pytest.mark.heavy), "shard_map"])
 def test_a_rule_that_sees_the_gradient_is_refused_where_members_would_wait_for_each_other(place):
     link = optax_sam.ae_sam(RHO)
     options = {"link": link, "axis_name": "data", "num_micro_batches": 2}
@@ -141,7 +141,7 @@ CHOOSING_LINKS = {
 }
 
 
-@pytest.mark.parametrize("place", ["pmap", "shard_map"])
+@pytest.mark.parametrize("place", [pytest.param("pmap", marks=pytest.mark.heavy), "shard_map"])
 def test_members_that_choose_for_themselves_keep_one_state(place):
     """Integers in it too: of a schedule in a link that some members have run and others have not."""
 

@@ -119,7 +119,7 @@ def test_at_rho_zero_all_is_as_nnx_makes_it_bit_for_bit(name):
     assert_identical(actual, expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["shared weights", "layers in a scan", "adapters"])
 def test_structure_of_the_result_is_that_of_nnx(name):
     make, argnums = MODELS[name]
     aux_loss = lambda model, batch: (loss_of(model, batch), {"mean": jnp.mean(batch["x"])})  # noqa: E731
@@ -208,7 +208,11 @@ def test_statistics_are_the_mean_over_micro_batches_and_counters_advance_once():
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("layers in a scan", "vmap"), ("layers in a scan", "lazy"), ("batch norm and dropout", "unroll")],
+    [
+        pytest.param("layers in a scan", "vmap", marks=pytest.mark.heavy),
+        pytest.param("batch norm and dropout", "unroll", marks=pytest.mark.heavy),
+        ("layers in a scan", "lazy"),
+    ],
 )
 def test_strategies_give_the_same_numbers_statistics_and_masks(name, strategy):
     def run(strategy):

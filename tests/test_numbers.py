@@ -211,6 +211,7 @@ KINDS = {
     "ae_sam",
     "lagged_sam",
     "random_sam",
+    heavy=("micro_batched-stable", "gsam", "friendly_sam", "ae_sam", "random_sam"),
 )
 @pytest.mark.parametrize("dtypes", KINDS.values(), ids=KINDS)
 def test_gradients_of_any_size_stay_finite_and_keep_their_dtype(member, dtypes):

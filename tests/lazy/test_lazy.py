@@ -106,7 +106,9 @@ LINKS = {  # link, and for what its sums are multiplied out
 }
 
 
-@pytest.mark.parametrize("name", some_heavy(LINKS, heavy=("multi-step", "schedule", "gsam", "look_sam")))
+@pytest.mark.parametrize(
+    "name", some_heavy(LINKS, heavy=("multi-step", "schedule", "gsam", "look_sam", "momentum_sam", "measured late"))
+)
 def test_links_need_no_change(name, interpreters):
     link, users = LINKS[name]
     with jax.enable_x64(True):
