@@ -12,8 +12,9 @@ import optax
 from optax_sam._checks import as_link, check_int, check_nonnegative, check_real
 from optax_sam._norms import across, at_length, norm, plus
 from optax_sam.ascent import normalized_ascent, random_direction
-from optax_sam.family import Mask, restricted, sam
+from optax_sam.family import sam
 from optax_sam.link import sharpness_aware
+from optax_sam.masks import Mask, restricted
 from optax_sam.single_pass import on_momentum, one_gradient
 from optax_sam.switching import Switch, rule_of_step, switch_at, switch_by, switch_on
 
@@ -109,9 +110,11 @@ def look_sam(
         reused = at_length(state.across, norm(state.across, shards), alpha * norm(updates, shards))
         return plus(updates, 1, reused), state
 
-    links = [optax.GradientTransformationExtraArgs(init, update) for update in (remember, look)]
-    rule = rule_of_step(lambda step: step % period == 0)
-    return Switch.between(rule, dict(zip(("between", "look"), links, strict=True)), shares_state=True)
+    links = {
+        "between": optax.GradientTransformationExtraArgs(init, remember),
+        "look": optax.GradientTransformationExtraArgs(init, look),
+    }
+    return Switch.between(rule_of_step(lambda step: step % period == 0), links, shares_state=True)
 
 
 def sam_every(
@@ -255,12 +258,10 @@ class SquareNormState(NamedTuple):
     """State of the rule of :func:`ae_sam`.
 
     Attributes:
-        rule_step: int32 scalar, the number of updates so far; the argument of a schedule.
         mean: μ, a moving average of ‖g‖².
         deviation: σ, the root of a moving average of its squared distance from μ.
     """
 
-    rule_step: jax.Array
     mean: jax.Array
     deviation: jax.Array
 
@@ -317,17 +318,16 @@ def _is_long(threshold: optax.ScalarOrSchedule, decay: jax.typing.ArrayLike) -> 
 
     def init(params):
         mean, deviation = (jnp.zeros([], jax.eval_shape(norm, params).dtype) for _ in range(2))
-        return SquareNormState(jnp.zeros([], jnp.int32), mean, deviation)
+        return SquareNormState(mean, deviation)
 
     def update(updates, state, params=None, *, shards=(), **extra_args):
-        del params, extra_args
+        del params
         square = norm(updates, shards) ** 2
         mean = decay * state.mean + (1 - decay) * square
         parts = jnp.sqrt(decay) * state.deviation, jnp.sqrt(1 - decay) * (square - mean)
         deviation = norm(jnp.stack(parts))  # which neither under- nor overflows, as squares of ‖g‖² would
-        limit = threshold(state.rule_step) if callable(threshold) else threshold
-        is_long = square >= mean + limit * deviation
-        moments = (x.astype(state.mean.dtype) for x in (mean, deviation))
-        return is_long, SquareNormState(jnp.asarray(optax.safe_increment(state.rule_step)), *moments)
+        limit = threshold(extra_args["switch_step"]) if callable(threshold) else threshold
+        dtype = state.mean.dtype
+        return square >= mean + limit * deviation, SquareNormState(mean.astype(dtype), deviation.astype(dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,24 +7,19 @@ structure of the params (or a prefix of it, but not one boolean for all), or a f
 other leaves move by exactly 0 and stay out of the norm; their gradient is still taken at the perturbed point.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_sam._axes import AxisNames
-from optax_sam._checks import check_nonnegative, spread_mask
+from optax_sam._checks import check_nonnegative
 from optax_sam._norms import across, plus, wide
 from optax_sam.ascent import adaptive_ascent, less_average, normalized_ascent, unnormalized_ascent
 from optax_sam.averaging import micro_batched
 from optax_sam.combination import combined
 from optax_sam.link import sharpness_aware
+from optax_sam.masks import Mask, restricted
 from optax_sam.renormalization import renormalized
-
-Mask = Any | Callable[[optax.Params], Any]
 
 
 def sam(rho: optax.ScalarOrSchedule, *, mask: Mask | None = None) -> optax.GradientTransformationExtraArgs:
@@ -413,22 +408,3 @@ def vasso(
     check_nonnegative("1 - theta", 1 - theta)
     average = optax.ema(1 - theta, debias=False)
     return sharpness_aware(restricted(optax.chain(average, normalized_ascent(rho)), mask))
-
-
-def restricted(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
-    """The ascent of the leaves that mask chooses; the others stay where they are."""
-    if mask is None:
-        return ascent
-    if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
-        raise TypeError(f"mask is {mask!r}, as inject_hyperparams makes of a function. Pass static_args='mask' there.")
-
-    def keep(updates, params):
-        return jax.tree.map(lambda chosen, g: _kept(chosen, jnp.asarray(g)), spread_mask(mask, params), updates)
-
-    return optax.chain(optax.stateless(keep), ascent)
-
-
-def _kept(chosen: bool | jax.Array, leaf: jax.Array) -> jax.Array:
-    if isinstance(chosen, jax.Array):
-        return jnp.where(chosen, leaf, 0)
-    return leaf if chosen else jnp.zeros_like(leaf)  # known when traced: nothing to select

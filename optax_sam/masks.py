@@ -1,11 +1,16 @@
 """Masks: which leaves of the params move, for the ``mask`` of the recipes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+from optax_sam._checks import spread_mask
+
+Mask = Any | Callable[[optax.Params], Any]
 HELD = {"scale", "weight", "bias"}  # by normalization layers
 
 
@@ -64,6 +69,25 @@ def no_vectors(params: Any) -> Any:
         {'bias': False, 'kernel': True}
     """
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def restricted(ascent: optax.GradientTransformation, mask: Mask | None) -> optax.GradientTransformation:
+    """The ascent of the leaves that mask chooses; the others stay where they are."""
+    if mask is None:
+        return ascent
+    if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
+        raise TypeError(f"mask is {mask!r}, as inject_hyperparams makes of a function. Pass static_args='mask' there.")
+
+    def keep(updates, params):
+        return jax.tree.map(lambda chosen, g: _kept(chosen, jnp.asarray(g)), spread_mask(mask, params), updates)
+
+    return optax.chain(optax.stateless(keep), ascent)
+
+
+def _kept(chosen: bool | jax.Array, leaf: jax.Array) -> jax.Array:
+    if isinstance(chosen, jax.Array):
+        return jnp.where(chosen, leaf, 0)
+    return leaf if chosen else jnp.zeros_like(leaf)  # known when traced: nothing to select
 
 
 def _may_be_layer(node: Any) -> bool:

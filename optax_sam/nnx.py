@@ -18,8 +18,9 @@ from flax import nnx
 from optax_sam import estimator
 from optax_sam._axes import AxisNames
 from optax_sam._checks import is_float
+from optax_sam._estimate import AscentPer, loss_and_aux
 from optax_sam._micro_batches import Strategy
-from optax_sam.estimator import AscentPer, GradientEstimator
+from optax_sam.estimator import GradientEstimator
 
 
 class Options(TypedDict, total=False):
@@ -131,15 +132,17 @@ def gradient_estimator(
         parts = _Parts.of(model, chosen)
 
         def pure_loss(arrays, *args, _model, **kwargs):
-            copy = parts.merged(arrays, *_model)
-            loss, aux = estimator.loss_and_aux(loss_fn(copy, *args, **kwargs), has_aux)
-            *_, before = _model
-            changed = _changed(before, _Parts.of(copy, chosen).rest)
-            return loss, (aux, changed, jnp.float32(1))
+            keys, shared = _model
+            frozen, rest = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), shared)
+            copy = parts.merged(arrays, frozen, keys, rest)
+            loss, aux = loss_and_aux(loss_fn(copy, *args, **kwargs), has_aux)
+            return loss, (aux, _changed(rest, _Parts.of(copy, chosen).rest), jnp.float32(1))
 
         estimate = estimator.gradient_estimator(pure_loss, link, has_aux=True, **options).value_and_grad
-        others = parts.frozen, parts.scalar_keys(), parts.rest  # arguments, of which the estimator folds scalar keys
-        value, grads, state = estimate(nnx.as_pure(parts.params), state, *args, _model=others, **kwargs)
+        # Closed over, arrays on an Explicit mesh would not get in. As arguments keys are folded, and what has a leading
+        # axis of 1 is shared by all micro-batches.
+        _model = parts.scalar_keys(), jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (parts.frozen, parts.rest))
+        value, grads, state = estimate(nnx.as_pure(parts.params), state, *args, _model=_model, **kwargs)
         loss, (aux, changed, weight) = value
         parts.update(model, changed, weight)
         variables = jax.tree.unflatten(jax.tree.structure(parts.params), jax.tree.leaves(grads))
