@@ -140,7 +140,7 @@ def gradient_estimator(
             or that is missing where ``shard_map`` would sum the gradient.
 
     Example:
-        >>> import optax_sam
+        >>> import jax.numpy as jnp, optax_sam
         >>> loss_fn = lambda w, x: jnp.mean((w * x - 1.0) ** 2)
         >>> estimator = gradient_estimator(loss_fn, optax_sam.sam(rho=0.1), num_micro_batches=2)
         >>> params, batch = jnp.float32(0.5), jnp.array([1.0, 2.0, 3.0, 4.0])
@@ -205,7 +205,7 @@ def value_and_grad(
         ValueError: as :func:`gradient_estimator`; when called, if the link carries arrays in its state.
 
     Example:
-        >>> import optax_sam
+        >>> import jax.numpy as jnp, optax_sam
         >>> loss_fn = lambda w, x: jnp.mean((w - x) ** 2)
         >>> loss, grads = value_and_grad(loss_fn, optax_sam.sam(rho=0.1))(jnp.float32(1.0), jnp.zeros(3))
         >>> print(f"{loss:.1f} {grads:.1f}")

@@ -40,6 +40,7 @@ COLORS = {
     "lagged_sam": "#d55e00",
     "random_sam": "#555555",
 }
+MOST_CURVES = 7
 STYLES = {  # late_sam hides sgd until the switch; dotted: at two gradients a step; dashed and dotted: cheaper
     "late_sam": "--",
     **dict.fromkeys(("gsam", "wsam", "friendly_sam", "vasso"), ":"),
@@ -93,9 +94,34 @@ def write(results: dict[str, Any], folder: pathlib.Path) -> None:
     """Writes results.json and comparison.png into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
-    figure = comparison(results)
+    figure = (comparison if len(results["methods"]) <= MOST_CURVES else overview)(results)
     figure.savefig(folder / "comparison.png", dpi=150)
     plt.close(figure)
+
+
+def overview(results: dict[str, Any]) -> Figure:
+    """Test accuracy at the end and gradients per step, a row for each method: of many, curves hide each other."""
+    methods = results["methods"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.28 * len(methods)), sharey=True, layout="constrained")
+    for number, (method, result) in enumerate(methods.items()):
+        mean, sd = mean_and_sd([100 * run["test_accuracy"] for run in result["seeds"]])
+        axes[0].errorbar(mean, number, xerr=sd, color=COLORS[method], marker="o", capsize=2)
+        axes[1].plot(result["gradients_per_step"], number, color=COLORS[method], marker="o")
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("test accuracy (%)")
+    axes[1].set_xlabel("gradients per step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(_title(results, "mean of {} seeds ± sd"))
+    return figure
+
+
+def _title(results: dict[str, Any], of_seeds: str) -> str:
+    settings = results["settings"]
+    seeds = "1 seed" if settings["seeds"] == 1 else of_seeds.format(settings["seeds"])
+    return f"{settings['dataset']}, {settings['model']}, {settings['base']}: {seeds}"
 
 
 def comparison(results: dict[str, Any]) -> Figure:
@@ -123,7 +149,5 @@ def comparison(results: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    settings = results["settings"]
-    seeds = "1 seed" if settings["seeds"] == 1 else f"mean of {settings['seeds']} seeds, ± sd beside the last epoch"
-    figure.suptitle(f"{settings['dataset']}, {settings['model']}, {settings['base']}: {seeds}")
+    figure.suptitle(_title(results, "mean of {} seeds, ± sd beside the last epoch"))
     return figure
