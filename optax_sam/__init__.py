@@ -29,7 +29,8 @@ Imported by name
     ``optax_sam.nnx``: the estimator for models of Flax NNX. ``optax_sam.testing``: checks for a link of your own.
 How sharp the loss is
     ``hessian_eigenvalues``, ``hessian_trace``, ``spectral_density``, ``m_sharpness``, ``average_sharpness``,
-    ``loss_along``, ``loss_surface``
+    ``loss_along``, ``loss_surface``; while training ``track_eigenvalue``, ``sam_edge``, ``directional_sharpness``,
+    ``critical_sharpness``; with ``gauss_newton`` in place of the loss, of the Gauss-Newton matrix
 """
 
 from optax_sam._norms import norm, vdot
@@ -75,12 +76,17 @@ from optax_sam.renormalization import renormalized
 from optax_sam.sharding import sharded
 from optax_sam.sharpness import (
     average_sharpness,
+    critical_sharpness,
+    directional_sharpness,
+    gauss_newton,
     hessian_eigenvalues,
     hessian_trace,
     loss_along,
     loss_surface,
     m_sharpness,
+    sam_edge,
     spectral_density,
+    track_eigenvalue,
 )
 from optax_sam.single_pass import MomentumState, on_momentum, one_gradient
 from optax_sam.switching import SwitchState, switch_at, switch_by, switch_on
@@ -104,7 +110,10 @@ __all__ = [
     "asam",
     "average_sharpness",
     "combined",
+    "critical_sharpness",
+    "directional_sharpness",
     "friendly_sam",
+    "gauss_newton",
     "gradient_estimator",
     "gsam",
     "hessian_eigenvalues",
@@ -132,6 +141,7 @@ __all__ = [
     "renormalized",
     "rho_by_learning_rate",
     "sam",
+    "sam_edge",
     "sam_every",
     "sharded",
     "sharpness_aware",
@@ -140,6 +150,7 @@ __all__ = [
     "switch_at",
     "switch_by",
     "switch_on",
+    "track_eigenvalue",
     "unnormalized_ascent",
     "usam",
     "value_and_grad",

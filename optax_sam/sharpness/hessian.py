@@ -77,6 +77,7 @@ def hessian_eigenvalues(
     k: int = 1,
     *,
     num_smallest: int = 0,
+    scale: Any = None,
     rtol: float = 1e-3,
     max_products: int = 100,
     progress: bool = False,
@@ -97,6 +98,9 @@ def hessian_eigenvalues(
         batches: list of batches that make up L, or another re-iterable collection.
         k: how many of the largest, ≥ 1.
         num_smallest: how many of the smallest, ≥ 0.
+        scale: tree like params of arrays, numbers or booleans that broadcast against them: of D·H·D, D = diag(scale),
+            instead. A mask: the block of some leaves, such as a layer. |w| + eta: a sharpness that rescaling of the
+            weights does not change (Kwon et al. 2021).
         rtol: stops once every residual is ≤ ``rtol · max(|value|, 0.01 · largest |value|)``, the largest at both ends
             of the spectrum, returned or not.
         max_products: stops with a warning after so many products H·v.
@@ -124,13 +128,13 @@ def hessian_eigenvalues(
     params = as_real("params", params)
     check_int("k", k)
     check_int("num_smallest", num_smallest, least=0)
-    size, wanted = _dimension(params), k + num_smallest
+    size, wanted = dimension(params), k + num_smallest
     if wanted > min(size, max_products):
         raise ValueError(f"k + num_smallest = {wanted} is more than there are, of {size} params and {max_products=}.")
     most = min(max_products, size)
     fewest = min(max(FEWEST_PRODUCTS, wanted), most)
-    start = random_vectors(jax.random.normal, params)(jax.random.key(0))
-    steps = projections(_hessian(loss_fn, params, batches), start, most)
+    start = scaled(random_vectors(jax.random.normal, params)(jax.random.key(0)), scale)
+    steps = projections(hessian_of(loss_fn, params, batches, scale), start, most)
     found = Eigenvalues(np.array([]), np.array([]), 0, False)
     for projection in shown(steps, progress, most, "Hessian · vector"):
         number = len(projection.matrix)
@@ -157,6 +161,7 @@ def hessian_trace(
     params: Any,
     batches: Iterable[Any],
     *,
+    scale: Any = None,
     num_probes: int = 30,
     key: jax.Array | None = None,
     progress: bool = False,
@@ -167,6 +172,7 @@ def hessian_trace(
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
         batches: list of batches that make up the loss, or another re-iterable collection.
+        scale: tree like params: of D·H·D, D = diag(scale), instead; see :func:`hessian_eigenvalues`.
         num_probes: products with H, ≥ 2; the standard error falls with its square root.
         key: of ``jax.random``, for the probes; None: a fixed one.
         progress: whether to show a progress bar (needs tqdm).
@@ -189,7 +195,7 @@ def hessian_trace(
         <https://doi.org/10.1080/03610918908812806>`_, 1989
     """
     params = as_real("params", params)
-    hessian = _hessian(loss_fn, params, batches)
+    hessian = hessian_of(loss_fn, params, batches, scale)
     draw = random_vectors(jax.random.rademacher, params)
     samples = []
     for probe in shown(keys_of(key, num_probes), progress, num_probes, "probes"):
@@ -205,6 +211,7 @@ def spectral_density(
     params: Any,
     batches: Iterable[Any],
     *,
+    scale: Any = None,
     num_probes: int = 5,
     num_products: int = 50,
     key: jax.Array | None = None,
@@ -216,6 +223,7 @@ def spectral_density(
         loss_fn: ``loss_fn(params, batch)`` → mean loss of the batch.
         params: tree of float arrays.
         batches: list of batches that make up the loss, or another re-iterable collection.
+        scale: tree like params: of D·H·D, D = diag(scale), instead; see :func:`hessian_eigenvalues`.
         num_probes: random vectors to average over.
         num_products: products with H for each of them, the number of nodes; at most that of the params is used.
         key: of ``jax.random``, for the probes; None: a fixed one.
@@ -240,8 +248,8 @@ def spectral_density(
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
     params = as_real("params", params)
-    num_products = min(num_products, _dimension(params))
-    hessian = _hessian(loss_fn, params, batches)
+    num_products = min(num_products, dimension(params))
+    hessian = hessian_of(loss_fn, params, batches, scale)
     draw = random_vectors(jax.random.normal, params)
     steps = (step for probe in keys_of(key, num_probes) for step in projections(hessian, draw(probe), num_products))
     nodes, weights = [], []
@@ -253,14 +261,14 @@ def spectral_density(
     return SpectralDensity(np.stack(nodes), np.stack(weights))
 
 
-def _hessian(loss_fn: LossFn, params: Any, batches: Iterable[Any]) -> Callable[[Any], Any]:
-    """From a vector, a tree like params, to its product with the Hessian of the loss over all batches."""
+def hessian_of(loss_fn: LossFn, params: Any, batches: Iterable[Any], scale: Any = None) -> Callable[[Any], Any]:
+    """From a vector, a tree like params, to its product with D·H·D, H the Hessian of the loss over all batches."""
     add_product = _hessian_product(loss_fn)
 
     def product(vector):
         total, count = jax.tree.map(jnp.zeros_like, vector), 0
         for size, batch in sized(batches):
-            total = add_product(total, params, vector, batch, size)
+            total = add_product(total, params, vector, scale, batch, size)
             count += size
         return optax.tree.scale(1 / count, total)
 
@@ -269,15 +277,23 @@ def _hessian(loss_fn: LossFn, params: Any, batches: Iterable[Any]) -> Callable[[
 
 @once_per_loss
 def _hessian_product(loss_fn: LossFn) -> Callable[..., Any]:
-    """``(total, params, vector, batch, size)`` → total + size · H · vector, compiled once for a loss function."""
+    """``(total, params, vector, scale, batch, size)`` → total + size · D·H·D · vector, compiled once for a loss."""
 
-    def add_product(total, params, vector, batch, size):
+    def add_product(total, params, vector, scale, batch, size):
         gradient = jax.grad(lambda w: checked_loss(loss_fn(w, batch)))
-        _, product = jax.jvp(gradient, (params,), (vector,))
-        return optax.tree.add_scale(total, size, product)
+        _, product = jax.jvp(gradient, (params,), (scaled(vector, scale),))
+        return optax.tree.add_scale(total, size, scaled(product, scale))
 
     return jax.jit(add_product, donate_argnums=0)
 
 
-def _dimension(params: Any) -> int:
+def scaled(vector: Any, scale: Any) -> Any:
+    """D · vector; the vector where there is no scale."""
+    if scale is None:
+        return vector
+    return jax.tree.map(lambda leaf, factor: leaf * jnp.asarray(factor, leaf.dtype), vector, scale)
+
+
+def dimension(params: Any) -> int:
+    """How many numbers params are."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

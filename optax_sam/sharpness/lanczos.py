@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from optax_sam._norms import at_length, norm
@@ -33,16 +34,27 @@ class Projection(NamedTuple):
     Attributes:
         matrix: M, (j, j) float64.
         remainder: β, the length of what the basis does not hold of the last product.
+        blocks: Q, trees of leaves (R, ...) with R of its vectors each and zeros behind the last; gone once the
+            iteration goes on.
     """
 
     matrix: np.ndarray
     remainder: float
+    blocks: list[Any]
 
     def eigenpairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values θ, in ascending order, vectors s in the basis, and residuals ‖A Q s − θ Q s‖."""
         values, vectors = np.linalg.eigh((self.matrix + self.matrix.T) / 2)
         inside = np.linalg.norm(self.matrix @ vectors - vectors * values, axis=0)
         return values, vectors, np.hypot(inside, self.remainder * vectors[-1])
+
+    def combined(self, coefficients: np.ndarray) -> Any:
+        """Q s, the tree that has these (j,) coefficients in the basis."""
+        rows = len(jax.tree.leaves(self.blocks[0])[0])
+        padded = np.zeros(rows * len(self.blocks))
+        padded[: len(coefficients)] = coefficients
+        parts = [_combined(block, part) for block, part in zip(self.blocks, padded.reshape(-1, rows), strict=True)]
+        return functools.reduce(optax.tree.add, parts)
 
 
 def projections(product: Callable[[Any], Any], start: Any, num_products: int) -> Iterator[Projection]:
@@ -61,29 +73,28 @@ def projections(product: Callable[[Any], Any], start: Any, num_products: int) ->
     """
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(start))
     matrix = np.zeros((num_products + 1, num_products))
+    rows = min(BLOCK, num_products)
     blocks, home = [], start
-    vector, _ = _normalized(start)
+    vector, _ = normalized(start)
     for index in range(num_products):
         image = product(vector)
         if index == 0:  # what JAX may move goes where the product takes it
             home = jax.tree.map(lambda leaf, other: leaf if leaf.committed else other, start, image)
             vector = _placed(vector, home)
-        if index % BLOCK == 0:
-            blocks.append(jax.tree.map(_empty_block, home))
-        blocks[-1] = _with_row(blocks[-1], index % BLOCK, vector)
+        if index % rows == 0:
+            blocks.append(jax.tree.map(lambda leaf: _empty_block(leaf, rows), home))
+        blocks[-1] = _with_row(blocks[-1], index % rows, vector)
         rest, coefficients = _orthogonalized(blocks, _placed(image, home))
-        vector, remainder = _normalized(rest)
+        vector, remainder = normalized(rest)
         matrix[: index + 1, index] = coefficients[: index + 1]
         matrix[index + 1, index] = remainder
         if not np.all(np.isfinite(matrix[:, index])):
             raise ValueError(NOT_FINITE_MESSAGE)
-        yield Projection(matrix[: index + 1, : index + 1].copy(), remainder)
+        yield Projection(matrix[: index + 1, : index + 1].copy(), remainder, blocks)
         if remainder <= 10 * eps * np.max(np.abs(matrix)):
             matrix[index + 1, index] = 0
-            fresh, _ = _normalized(
-                random_vectors(jax.random.normal, home)(jax.random.fold_in(jax.random.key(1), index))
-            )
-            vector, _ = _normalized(_orthogonalized(blocks, fresh)[0])
+            fresh, _ = normalized(random_vectors(jax.random.normal, home)(jax.random.fold_in(jax.random.key(1), index)))
+            vector, _ = normalized(_orthogonalized(blocks, fresh)[0])
 
 
 def random_vectors(sampler: Callable[..., jax.Array], like: Any) -> Callable[[jax.Array], Any]:
@@ -138,44 +149,46 @@ def _products_with(rows: Any, vector: Any) -> jax.Array:
 
 def _orthogonalized(blocks: list[Any], vector: Any) -> tuple[Any, np.ndarray]:
     """The vector without its components in the basis, and these; twice is enough."""
-    coefficients = np.zeros(BLOCK * len(blocks))
+    coefficients = []
     for _ in range(2):
         parts = []
         for rows in blocks:
             vector, part = _without(rows, vector)
             parts.append(part)
-        coefficients += np.concatenate(jax.device_get(parts))
-    return vector, coefficients
+        coefficients.append(np.concatenate(jax.device_get(parts)).astype(np.float64))
+    return vector, np.sum(coefficients, axis=0)
 
 
 @jax.jit
 def _without(rows: Any, vector: Any) -> tuple[Any, jax.Array]:
     coefficients = _products_with(rows, vector)
-
-    def subtract(rows, leaf):
-        return leaf - jnp.tensordot(coefficients.astype(leaf.dtype), rows, 1, precision="highest")
-
-    return jax.tree.map(subtract, rows, vector), coefficients
+    return optax.tree.sub(vector, _combined(rows, coefficients)), coefficients
 
 
-def _normalized(vector: Any) -> tuple[Any, float]:
+@jax.jit
+def _combined(rows: Any, coefficients: jax.Array) -> Any:
+    """The sum of the vectors in a tree of leaves (R, ...), each with its coefficient."""
+    return jax.tree.map(lambda leaf: jnp.tensordot(coefficients.astype(leaf.dtype), leaf, 1, precision="highest"), rows)
+
+
+def normalized(vector: Any) -> tuple[Any, float]:
+    """The vector at length 1, or zero, and its length."""
     unit_vector, length = _unit_and_length(vector)
     return unit_vector, float(length)
 
 
 @jax.jit
 def _unit_and_length(vector: Any) -> tuple[Any, jax.Array]:
-    """The vector at length 1, or zero, and its length."""
     length = norm(vector)
     return at_length(vector, length, 1.0), length
 
 
-def _empty_block(leaf: jax.Array) -> jax.Array:
-    """Zeros (BLOCK, ...) for vectors such as the leaf, sharded as it is."""
+def _empty_block(leaf: jax.Array, rows: int) -> jax.Array:
+    """Zeros (rows, ...) for vectors such as the leaf, sharded as it is."""
     sharding = None
     if isinstance(leaf.sharding, NamedSharding):
         sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec))
-    return jnp.zeros((BLOCK, *leaf.shape), leaf.dtype, device=sharding)
+    return jnp.zeros((rows, *leaf.shape), leaf.dtype, device=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -17,6 +17,7 @@ from optax_sam._convolution import canonicalized
 from optax_sam._means import leading_size
 from optax_sam._micro_batches import mean_over_micro_batches
 from optax_sam.ascent import normalized_ascent
+from optax_sam.sharpness.hessian import scaled
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
@@ -32,7 +33,14 @@ from optax_sam.sharpness.streaming import (
 
 
 def m_sharpness(
-    loss_fn: LossFn, params: Any, batch: Any, rho: float, num_micro_batches: int = 1, *, steps: int = 1
+    loss_fn: LossFn,
+    params: Any,
+    batch: Any,
+    rho: float,
+    num_micro_batches: int = 1,
+    *,
+    steps: int = 1,
+    scale: Any = None,
 ) -> jax.Array:
     r"""Worst-case m-sharpness: how much the loss of a micro-batch rises within distance rho, on average.
 
@@ -51,6 +59,9 @@ def m_sharpness(
         rho: radius of the ball, ≥ 0.
         num_micro_batches: M ≥ 1, a divisor of B.
         steps: gradients for each micro-batch; the paper takes 20.
+        scale: tree like params of arrays, numbers or booleans that broadcast against them: L(w + D·δ), D = diag(scale),
+            instead. A mask: the leaves that move. |w| + eta: the ball of ASAM, which rescaling of the weights does not
+            change (Kwon et al. 2021).
 
     Returns:
         The rise, a scalar.
@@ -76,7 +87,7 @@ def m_sharpness(
     check_int("steps", steps)
     if num_micro_batches > 1:
         leading_size(batch=batch)  # leaves of several sizes may all be divisible
-    return _worst_rise(loss_fn, num_micro_batches, steps)(params, rho, batch)
+    return _worst_rise(loss_fn, num_micro_batches, steps)(params, scale, rho, batch)
 
 
 def average_sharpness(
@@ -132,15 +143,16 @@ def average_sharpness(
 
 @once_per_loss
 def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable[..., jax.Array]:
-    """``(params, rho, batch)`` → the mean over micro-batches of the largest rise on the way of a projected ascent."""
+    """``(params, scale, rho, batch)`` → the mean over micro-batches of the largest rise on the way of an ascent."""
 
-    def rise_of_one(params, rho, batch):
+    def rise_of_one(params, scale, rho, batch):
         ascent = normalized_ascent(2 * rho / steps)
 
+        def loss_at(delta):
+            return checked_loss(loss_fn(optax.tree.add(params, scaled(delta, scale)), batch))
+
         def climb(delta, _):
-            value, gradient = jax.value_and_grad(lambda w: checked_loss(loss_fn(w, batch)))(
-                optax.tree.add(params, delta)
-            )
+            value, gradient = jax.value_and_grad(loss_at)(delta)
             _check_axes(value, params, gradient)
             step, _ = ascent.update(gradient, ascent.init(params))
             projected = optax.projections.projection_l2_ball(optax.tree.add(delta, step), rho)
@@ -151,12 +163,11 @@ def _worst_rise(loss_fn: LossFn, num_micro_batches: int, steps: int) -> Callable
             delta, values = climb(start, None)
         else:
             delta, values = jax.lax.scan(canonicalized(climb), start, length=steps)
-        last = loss_fn(optax.tree.add(params, delta), batch)
-        return jnp.maximum(jnp.max(values), last) - jnp.ravel(values)[0]
+        return jnp.maximum(jnp.max(values), loss_at(delta)) - jnp.ravel(values)[0]
 
-    def rise(params, rho, batch):
+    def rise(params, scale, rho, batch):
         def evaluate(_index, micro_batch):
-            return rise_of_one(params, rho, micro_batch)
+            return rise_of_one(params, scale, rho, micro_batch)
 
         return mean_over_micro_batches(evaluate, batch, num_micro_batches, "auto", may_be_lazy=True)
 
