@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from examples.training import checkpoints
 from examples.training.report import finite
 
 RUNS = pathlib.Path("runs/where_sam_pays")
+PICTURE = "look_alike"
 EVERY_METHOD = ("look_alike", "clean", "symmetric", "cifar_10n")
 RATES_SETTING, RATES_METHODS = "look_alike", ("sgd", "usam", "sam", "stable_sam")
 # A worker computes on one core: matrices this small are not worth two, and runs are plenty.
@@ -57,14 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = runs if options.smoke else RESULTS
     os.environ.update(WORKER)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.workers, context) as pool:
+    cores = context.SimpleQueue()
+    for worker in range(options.workers):
+        cores.put(worker % (os.cpu_count() or 1))
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context, study.settle, (cores,)) as pool:
         for name in options.setting:
             jobs = [study.Job(name, method, runs, options.data_dir, options.smoke) for method in methods_of(name)]
             record = record_of(pool, jobs)
             text = json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False)
             (results / f"where_sam_pays_{name}.json").write_text(text + "\n", encoding="utf-8")
             print(report.table(record), end="\n\n")
-    report.draw(results).savefig(results / "where_sam_pays.png", dpi=130)
+    found = report.records(results)
+    figure = report.draw(found[PICTURE if PICTURE in found else options.setting[0]])
+    figure.savefig(results / "where_sam_pays.png", dpi=130)
 
 
 def methods_of(setting: str) -> Sequence[str]:
@@ -74,24 +79,21 @@ def methods_of(setting: str) -> Sequence[str]:
 
 def record_of(pool: concurrent.futures.Executor, jobs: Sequence[study.Job]) -> dict[str, Any]:
     """All of a setting: what came out, and under which conditions."""
-    setting = SETTINGS[jobs[0].setting]
+    setting = study.Runs(jobs[0]).setting
     conditions = {key: value for key, value in setting._asdict().items() if isinstance(value, int | str)}
     conditions |= {"network": " ".join(repr(setting.network).split()), **timing.environment()}
     checkpoints.claim(jobs[0].folder / jobs[0].setting, conditions)
-    start = time.perf_counter()
-    # SGD without a rho comes first: the others begin their search where it ended.
-    parts = [[job for job in jobs if METHODS[job.method].has_rho == has_rho] for has_rho in (False, True)]
-    with tqdm.tqdm(total=len(jobs), desc=jobs[0].setting, unit=" methods", disable=None) as bar:
-        found = {name: result for part in parts for name, result in _completed(pool, study.studied, part, bar)}
+    with tqdm.tqdm(total=len(jobs), desc=jobs[0].setting, unit=" methods") as bar:
+        found = dict(_completed(pool, study.studied, jobs, bar))
     record = {
         "command": f"python -m benchmarks.where_sam_pays --setting {jobs[0].setting}",
         **conditions,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "core_minutes": round(sum(study.Runs(job).seconds() for job in jobs) / 60, 1),
         "methods": {job.method: found[job.method] for job in jobs},
     }
     if jobs[0].setting == RATES_SETTING:
         chosen = [job for job in jobs if job.method in RATES_METHODS]
-        with tqdm.tqdm(total=len(chosen), desc="learning rates", unit=" methods", disable=None) as bar:
+        with tqdm.tqdm(total=len(chosen), desc="learning rates", unit=" methods") as bar:
             record["rates"] = dict(_completed(pool, study.rates_of, chosen, bar))
     return record
 

@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     noise: Callable[[np.random.Generator, np.ndarray, Data], np.ndarray] | None = None
     optimizer: str = "sgd"
     num_train: int = 1_024
-    num_validation: int = 10_000
+    num_validation: int = 20_000
     batch_size: int = 64
     epochs: int = 60
     num_seeds: int = 20

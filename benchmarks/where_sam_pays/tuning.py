@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 Point = tuple[int, ...]
-FINALISTS = 4
+FINALISTS = 8
 
 
 def search(
