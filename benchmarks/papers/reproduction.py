@@ -41,7 +41,7 @@ def verdict(holds: bool) -> str:
     return HOLDS if holds else FAILS
 
 
-def paired_verdict(differences: Sequence[float]) -> str:
+def paired_verdict(differences: npt.ArrayLike) -> str:
     """Of a claim that differences are positive: the 95 % t-interval of their mean over seeds decides."""
     low, high = interval(differences)
     return HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED

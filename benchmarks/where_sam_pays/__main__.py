@@ -21,7 +21,7 @@ import tqdm
 
 from benchmarks import timing
 from benchmarks.papers.reproduction import RESULTS
-from benchmarks.where_sam_pays import report, study
+from benchmarks.where_sam_pays import claims, report, study
 from benchmarks.where_sam_pays.methods import FEW, METHODS
 from benchmarks.where_sam_pays.settings import SETTINGS
 from examples.training import checkpoints
@@ -68,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (results / f"where_sam_pays_{name}.json").write_text(text + "\n", encoding="utf-8")
             print(report.table(record), end="\n\n")
     found = report.records(results)
+    found_claims = [claim._asdict() for claim in claims.claims(found)]
+    record = {"command": "python -m benchmarks.where_sam_pays", "claims": found_claims}
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (results / "where_sam_pays.json").write_text(text + "\n", encoding="utf-8")
     figure = report.draw(found[PICTURE if PICTURE in found else options.setting[0]])
     figure.savefig(results / "where_sam_pays.png", dpi=130)
 

@@ -129,7 +129,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
             axis.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="butt")
             axis.plot(np.mean(values), place, "o", color=color, ms=5)
         axis.axvline(tuned_sgd, color=TUNED_SGD, lw=1, ls="--")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, pad=14)
         axis.set_xlabel("test accuracy, %")
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -137,6 +137,15 @@ def draw(record: Mapping[str, Any]) -> Figure:
     labels = [f"{METHODS[name].title}  ({record['methods'][name]['tuned']['gradients']:.3g})" for name in names]
     axes[0].set_yticks(range(len(names)), labels, fontsize=8.5)
     axes[0].invert_yaxis()
-    axes[0].text(tuned_sgd, -0.9, "tuned SGD", fontsize=8, color=TUNED_SGD, ha="center")
-    axes[1].text(tuned_sgd, -0.9, "tuned SGD", fontsize=8, color=TUNED_SGD, ha="center")
+    for axis in axes:
+        axis.text(
+            tuned_sgd,
+            1.005,
+            "tuned SGD",
+            fontsize=8,
+            color=TUNED_SGD,
+            ha="center",
+            transform=axis.get_xaxis_transform(),
+        )
+    axes[0].set_ylabel("method (gradients per step)", fontsize=9)
     return figure

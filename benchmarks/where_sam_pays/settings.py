@@ -155,4 +155,11 @@ SETTINGS = {
     "look_alike_256": Setting("as the first, batch size 256", fashion_mnist, look_alike, batch_size=256),
 }
 
-SMOKE = {"load": digits, "num_train": 128, "num_validation": 256, "epochs": 2, "num_seeds": 3}
+SMOKE = {
+    "load": digits,
+    "num_train": 128,
+    "num_validation": 256,
+    "epochs": 2,
+    "num_seeds": 3,
+    "network": models.MLP(width=16),
+}

@@ -19,6 +19,7 @@ from benchmarks.where_sam_pays.training import Hyperparameters, trainer_of
 TUNING_SEEDS = (1_000, 1_001, 1_002, 1_003, 1_004)
 FIRST_TEST_SEED = 100
 NUM_HESSIANS = 10  # of the test seeds
+NUM_RUNNERS_UP = 2
 # The lattice: a value is base · √2^exponent; an exponent of rho at its lower limit means 0.
 RHO, ZERO = 0.1, -9
 BASES = {"sgd": Hyperparameters(0.02, 5e-3, RHO), "adamw": Hyperparameters(2e-3, 0.1, RHO)}
@@ -155,15 +156,27 @@ def _search(job: Job, grid: Iterable[tuning.Point], limits: Any, *fixed: float) 
 
 def studied(job: Job) -> dict[str, Any]:
     """The method tuned and with the baseline's defaults, each tested on all fresh seeds."""
-    runs = Runs(job)
     point = tuned(job)
+    runs = Runs(job)
     optimizer = runs.setting.optimizer
     limits = LIMITS if METHODS[job.method].has_rho else LIMITS[:2]
     edges = [Hyperparameters._fields[axis] for axis in tuning.at_edge(point[: len(limits)], limits)]
     return {
         "tuned": tested(runs, at(optimizer, point), NUM_HESSIANS) | {"edges": edges},
+        "runners_up": [tested(runs, other, 0) for other in _runners_up(runs, at(optimizer, point))],
         "default": tested(runs, best_rho_by_default(job), 0),
     }
+
+
+def _runners_up(runs: Runs, best: Hyperparameters) -> list[Hyperparameters]:
+    """The next best of the tuning: how much they differ when tested says how much of a result is luck."""
+    scores: dict[Hyperparameters, list[float]] = {}
+    for (kind, *values, _), record in runs.known.items():
+        if kind == "validation":
+            scores.setdefault(Hyperparameters(*values), []).append(record["validation"])
+    most = max(map(len, scores.values()))
+    tried = [found for found in scores if len(scores[found]) == most and found[:2] != DEFAULTS[runs.setting.optimizer]]
+    return sorted((found for found in tried if found != best), key=lambda found: -sum(scores[found]))[:NUM_RUNNERS_UP]
 
 
 def rates_of(job: Job) -> list[dict[str, Any]]:

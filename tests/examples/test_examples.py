@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -97,18 +98,14 @@ def test_killed_run_resumes_to_the_same_numbers(tmp_path):
 
 @pytest.mark.heavy
 def test_three_ways_over_devices_end_at_the_same_params():
-    command = [sys.executable, str(TRAIN.with_name("data_parallel.py")), "--epochs", "2", "--cpu-devices", "4"]
+    command = [sys.executable, str(TRAIN.with_name("data_parallel.py"))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    header, _, *rows = done.stdout.splitlines()
-    assert header == "digits, 4 × cpu, 2 micro-batches on each"
-    losses, norms, differences = zip(*(map(float, row.split()[-4:-1]) for row in rows), strict=True)
-    assert len(rows) == 3
+    found = re.findall(r"norm of params ([0-9.]+), test accuracy ([0-9.]+) %", done.stdout)
+    norms, accuracies = zip(*(map(float, numbers) for numbers in found), strict=True)
+    assert len(norms) == 3
     np.testing.assert_allclose(norms, norms[0], rtol=1e-6)
-    assert max(differences) < 1e-5
-    assert max(losses) < 0.5
-    done = subprocess.run([*command, "--batch-size", "100"], env=environment, capture_output=True, text=True)
-    assert "--batch-size 100 must be divisible by 4 devices × 2 micro-batches" in done.stderr.replace("\n", " ")
+    assert min(accuracies) > 88
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):

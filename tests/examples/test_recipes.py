@@ -18,6 +18,8 @@ from tests.helpers.problems import assert_close, assert_identical
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 SHORT = {  # the least of the last percentage that each prints
     "chain": 90,
+    "late": 90,
+    "micro_batches": 90,
     "linen": 90,
     "nnx_batchnorm": 90,
     "equinox_filtered": 90,
@@ -36,7 +38,18 @@ def test_short_examples_learn(name, capsys):
     assert accuracy > SHORT[name]
 
 
-@pytest.mark.parametrize("name", [*SHORT, "mixed_precision", "fine_tune_text"])
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_measures_say_that_sam_is_flatter(capsys):
+    with jax.numpy_rank_promotion("allow"):
+        runpy.run_path(str(EXAMPLES / "measure_sharpness.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    for pattern in (r"epoch 60: largest eigenvalue ([0-9.]+)", r"trace ([0-9.]+)", r"rise within 0.1: ([0-9.]+)"):
+        sgd, sam = map(float, re.findall(pattern, said))
+        assert sam < sgd
+
+
+@pytest.mark.parametrize("name", [*SHORT, "data_parallel", "measure_sharpness", "mixed_precision", "fine_tune_text"])
 def test_short_examples_are_short(name):
     lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 60
