@@ -36,6 +36,7 @@ LINKS = {
 }
 COLORS = {"gradient descent": "#555555", "SAM": "#0072b2", "late SAM": "#e69f00"}
 NETWORK = models.MLP(width=64)
+RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -74,13 +75,18 @@ def followed(link: optax.GradientTransformation, batch: Any, bar: tqdm.tqdm) -> 
     return history
 
 
-def summary(name: str, run: Mapping[str, list[float]]) -> str:
-    """How the eigenvalue compares with the edge in the last quarter, and the tracked one with Lanczos."""
+def of_edge(name: str, run: Mapping[str, list[float]]) -> tuple[float, float, float]:
+    """The largest eigenvalue relative to its edge in the last quarter: median, 5 and 95 per cent."""
     last, rho = 3 * len(run["step"]) // 4, RHO if "SAM" in name else 0.0
     edge = np.array(optax_sam.sam_edge(np.array(run["gradient_norm"]), LEARNING_RATE, rho))
-    low, median, high = np.percentile((np.array(run["eigenvalue"]) / edge)[last:], (5, 50, 95))
-    error = 100 * np.max(np.abs(np.array(run["eigenvalue"][:: CHECKED // EVERY]) / run["lanczos"] - 1))
-    return f"{name:<18} λ / edge in the end {median:.2f} ({low:.2f} to {high:.2f}), tracked within {error:.2f} %"
+    low, median, high = np.percentile((np.array(run["eigenvalue"]) / edge)[last:], (5, 50, 95)).tolist()
+    return median, low, high
+
+
+def tracking_error(run: Mapping[str, list[float]]) -> float:
+    """The largest relative difference between the tracked eigenvalue and that of Lanczos."""
+    tracked = np.array(run["eigenvalue"][:: CHECKED // EVERY])
+    return float(np.max(np.abs(tracked / run["lanczos"] - 1)))
 
 
 def draw(runs: Mapping[str, Mapping[str, list[float]]]) -> Figure:
@@ -115,15 +121,16 @@ def main() -> None:
     with tqdm.tqdm(total=len(LINKS) * (STEPS + EVERY), unit=" steps") as bar:
         runs = {name: followed(link, batch, bar) for name, link in LINKS.items()}
     for name, run in runs.items():
-        print(summary(name, run))
+        median, low, high = of_edge(name, run)
+        error = 100 * tracking_error(run)
+        print(f"{name:<18} λ / edge in the end {median:.2f} ({low:.2f} to {high:.2f}), tracked within {error:.2f} %")
     short = {
         name: {key: [float(f"{x:.5g}") for x in values] for key, values in run.items()} for name, run in runs.items()
     }
     results = {"command": "python -m benchmarks.edge", **timing.environment(), "steps": STEPS, "runs": short}
     results |= {"learning_rate": LEARNING_RATE, "rho": RHO}
-    folder = pathlib.Path(__file__).parent / "results"
-    (folder / "edge.json").write_text(json.dumps(results) + "\n")
-    draw(runs).savefig(folder / "edge.png", dpi=130)
+    (RESULTS / "edge.json").write_text(json.dumps(results) + "\n")
+    draw(runs).savefig(RESULTS / "edge.png", dpi=130)
 
 
 if __name__ == "__main__":

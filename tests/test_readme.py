@@ -101,11 +101,12 @@ def test_every_figure_is_shown_where_it_belongs():
     figures = sorted((ROOT / "benchmarks/results").glob("*.png"))
     assert figures
     for figure in figures:
-        assert pages_that_show(figure) == [CLAIMS if figure.stem in PAPERS else MEASURED], figure.name
+        pages = [page for page in pages_that_show(figure) if page != README]
+        assert pages == [CLAIMS if figure.stem in PAPERS else MEASURED], figure.name
 
 
 def test_the_first_page_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 180
 
 
 @pytest.mark.parametrize(("heading", "page"), [("Devices", ROOT / "examples/README.md"), ("Cost", MEASURED)])
@@ -120,11 +121,13 @@ def test_the_first_page_counts_claims_and_faults():
     text = " ".join(README.read_text(encoding="utf-8").split())
     verdicts = Counter(row.split("**")[-2] for row in table().splitlines()[2:])
     counts = "{holds} hold, {does not hold} do not hold, and {undecided} are undecided".format_map(verdicts)
-    assert f"try {verdicts.total()} of their claims" in text
-    assert counts in text
+    assert f"of {verdicts.total()} that we tried {counts}" in text
     faults = json.loads((ROOT / "benchmarks/results/faults.json").read_text(encoding="utf-8"))
     rows, release = faults["rows"], faults["versions"]["optax"]
     right = sum(row["contrib_is_right"] for row in rows)
     assert all(row["ours_is_right"] for row in rows)
-    asked = f"Of {len(rows)} things that users asked of SAM in JAX, `optax.contrib.sam` (Optax {release})"
-    assert f"{asked} does {right} as asked, this library all {len(rows)}" in text
+    assert (
+        f"Of [{len(rows)} things](benchmarks/README.md#where-optaxcontribsam-breaks) that users asked of SAM in JAX"
+        in text
+    )
+    assert f"`optax.contrib.sam` (Optax {release}) does {right} as asked, this library all {len(rows)}" in text

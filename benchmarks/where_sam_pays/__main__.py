@@ -29,7 +29,7 @@ from examples.training.report import finite
 
 RUNS = pathlib.Path("runs/where_sam_pays")
 PICTURE = "look_alike"
-EVERY_METHOD = ("look_alike", "clean", "symmetric", "cifar_10n")
+EVERY_METHOD = ("look_alike", "clean", "symmetric")
 RATES_SETTING, RATES_METHODS = "look_alike", ("sgd", "usam", "sam", "stable_sam")
 # A worker computes on one core: matrices this small are not worth two, and runs are plenty.
 WORKER = {

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     quantities = list(next(iter(rows.values())))
     table = np.array([[row[quantity] for quantity in quantities] for row in rows.values()])
     correlations = {
-        quantity: float(scipy.stats.spearmanr(table[:, 0], table[:, column]).statistic)
+        quantity: float(np.asarray(scipy.stats.spearmanr(table[:, 0], table[:, column]))[0])
         for column, quantity in enumerate(quantities)
         if column
     }

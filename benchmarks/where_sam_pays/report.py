@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -10,13 +10,22 @@ import numpy as np
 
 from benchmarks.papers.reproduction import interval, spread
 from benchmarks.where_sam_pays.methods import CONTROLS, METHODS
-from benchmarks.where_sam_pays.settings import SETTINGS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 TEST = "held out"
+SHORT = {
+    "look_alike": "similar classes, 30 %",
+    "symmetric": "any class, 40 %",
+    "cifar_10n": "CIFAR-10N, 40 %",
+    "clean": "clean",
+    "look_alike_adamw": "similar classes, AdamW",
+    "clean_adamw": "clean, AdamW",
+    "look_alike_16": "similar classes, batch 16",
+    "look_alike_256": "batch 256",
+}
 TUNED_SGD, CONTROL, METHOD = "#555555", "#999999", "#0072b2"
 
 
@@ -59,6 +68,16 @@ def _sign(limits: tuple[float, float]) -> str:
     return "+" if limits[0] > 0 else "−" if limits[1] < 0 else ""
 
 
+def luck(record: Mapping[str, Any]) -> tuple[float, float]:
+    """How much better the chosen hyperparameters test than the two next best: mean over methods, standard deviation."""
+    differences = [
+        np.mean(result["tuned"]["test"][TEST]) - np.mean(other["test"][TEST])
+        for result in record["methods"].values()
+        for other in result["runners_up"]
+    ]
+    return 100 * float(np.mean(differences)), 100 * float(np.std(differences, ddof=1))
+
+
 def table(record: Mapping[str, Any]) -> str:
     """For a terminal of 110 columns."""
     lines = [
@@ -79,38 +98,58 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """For a page."""
-    lines = [
-        "| method | gradients | rate, decay, rho | test accuracy | − SGD [95 %] | λ_max | untuned | − untuned SGD |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, result in record["methods"].items():
-        found, tuned = row(record, name), result["tuned"]
+def gains(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """For a page: SGD's accuracy and what every method gains on it, a column for each setting."""
+
+    def cell(record, name):
+        found = row(record, name)
+        if name == "sgd":
+            return f"{spread(found.accuracies, digits=1)} %"
+        return "{:+.1f} [{:+.1f}, {:+.1f}] ".format(*found.gain) + found.decided
+
+    return _page(records, cell)
+
+
+def untuned(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """For a page: the same with the learning rate and decay of an untuned baseline, and the best rho there."""
+
+    def cell(record, name):
+        found = row(record, name)
+        if name == "sgd":
+            return f"{spread(found.untuned_accuracies, digits=1)} %"
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found.untuned_gain)
+
+    return _page(records, cell)
+
+
+def tuned_values(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """For a page: learning rate, decay and rho of every method when tuned, and the largest eigenvalue in the end."""
+
+    def cell(record, name):
+        tuned = record["methods"][name]["tuned"]
         values = [tuned["learning_rate"], tuned["weight_decay"]] + [tuned["rho"]] * METHODS[name].has_rho
-        edges = "".join(f" ({edge} at the edge)" for edge in tuned["edges"])
-        gain = _limits(found.gain) + f" {found.decided}" if name != "sgd" else "–"
-        columns = [
-            METHODS[name].title,
-            f"{tuned['gradients']:.3g}",
-            ", ".join(f"{value:.2g}" for value in values) + edges,
-            spread(found.accuracies, digits=1),
-            gain.strip(),
-            f"{np.mean(tuned['eigenvalues']):.3g}",
-            spread(found.untuned_accuracies, digits=1),
-            f"{found.untuned_gain[0]:+.1f}" if name != "sgd" else "–",
-        ]
-        lines.append("| " + " | ".join(columns) + " |")
+        edges = "".join(f" ({edge.replace('_', ' ')} at the edge)" for edge in tuned["edges"])
+        return ", ".join(f"{value:.2g}" for value in values) + edges + f"; λ {np.mean(tuned['eigenvalues']):.2g}"
+
+    return _page(records, cell)
+
+
+def _page(records: Mapping[str, Mapping[str, Any]], cell: Callable[[Mapping[str, Any], str], str]) -> str:
+    """Methods down, settings across."""
+    titles = " | ".join(SHORT[name] for name in records)
+    lines = [f"| method | gradients | {titles} |", "|---" * (2 + len(records)) + "|"]
+    for name in METHODS:
+        found = [record for record in records.values() if name in record["methods"]]
+        if found:
+            gradients = f"{found[0]['methods'][name]['tuned']['gradients']:.3g}"
+            cells = [cell(record, name).strip() if name in record["methods"] else "" for record in records.values()]
+            lines.append("| " + " | ".join([METHODS[name].title, gradients, *cells]) + " |")
     return "\n".join(lines)
-
-
-def _limits(gain: tuple[float, float, float]) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain)
 
 
 def records(results: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Of the settings that have been studied, by name."""
-    paths = {name: results / f"where_sam_pays_{name}.json" for name in SETTINGS}
+    paths = {name: results / f"where_sam_pays_{name}.json" for name in SHORT}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
