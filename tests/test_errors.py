@@ -16,7 +16,7 @@ from flax import nnx
 
 import optax_sam
 from optax_sam import measured
-from optax_sam.sharpness import SpectralDensity
+from optax_sam.sharpness import SpectralDensity, TrackedEigenvalue
 
 
 class Row(NamedTuple):
@@ -45,6 +45,7 @@ def loss_at(params, batch=None):
 
 INTS, EIGHT, ONE, NAN, INF = jnp.arange(2), jnp.ones(8), [jnp.ones(4)], float("nan"), float("inf")
 WEIGHTS, STACK, FOUR = {"w": jnp.ones((3, 2))}, {"w": jnp.ones((4, 3, 2))}, jnp.ones(4)
+LIKE_WEIGHTS = {"direction": WEIGHTS, "updates": WEIGHTS}
 GRAD, IDENTITY, SAM, MSAM = jax.grad(loss_at), optax.identity(), optax_sam.sam(0.1), optax_sam.msam(0.1)
 DENSITY = SpectralDensity(np.zeros((1, 2)), np.full((1, 2), 0.5))
 
@@ -57,12 +58,16 @@ MASKED = (
 )
 INNER = "renormalized micro_batched sharded late combined one_gradient on_momentum"
 LINK = "measured gradient_estimator value_and_grad"
-BATCHES = "hessian_eigenvalues hessian_trace spectral_density average_sharpness loss_surface"
+BATCHES = (
+    "hessian_eigenvalues hessian_trace spectral_density average_sharpness loss_surface track_eigenvalue "
+    "directional_sharpness critical_sharpness"
+)
 SHARED = {
     RHO: {"rho": 0.1, "alpha": 0.3, "gamma": 0.7, "period": 2, "key": 0},
     INNER: {"inner": SAM, "axis_name": "data", "start": 3, "combine": lambda g, s, shards: s, "decay": 0.9},
     LINK: {"link": SAM, "loss_fn": loss_at},
-    BATCHES: {"loss_fn": loss_at, "params": WEIGHTS, "batches": ONE, "sigma": 0.1},
+    BATCHES: {"loss_fn": loss_at, "params": WEIGHTS, "batches": ONE, "sigma": 0.1, **LIKE_WEIGHTS},
+    "sam_edge": {"gradient_norm": 1.0, "learning_rate": 0.1, "rho": 0.1},
     "m_sharpness": {"loss_fn": loss_at, "params": WEIGHTS, "batch": EIGHT, "rho": 0.1},
     "loss_along": {"loss_fn": loss_at, "first": WEIGHTS, "second": WEIGHTS, "batches": ONE},
     "sharpness_aware": {"ascent": IDENTITY},
@@ -207,6 +212,8 @@ NOT_PARAMS = [
     ({"n": jnp.ones(3) * 1j}, TypeError, "got complex64 at ['n']", REAL_FLOATS),
     ("abc", TypeError, "got <U3 at the only leaf", REAL_FLOATS),
 ]
+SHORTER = TrackedEigenvalue(1.0, 0.0, {"w": jnp.ones(2)}, 1)
+NOT_SCALES = these(ValueError, "broadcast to them", {"w": jnp.ones((2, 3, 2))}, got="got (2, 3, 2) for (3, 2)")
 NOT_FINITE = [({"w": jnp.full((3, 2), value)}, ValueError, "nan or inf", "is not finite at") for value in (NAN, INF)]
 A_LIST, ONE_BATCH = "must be a list of batches", ({"x": EIGHT}, jnp.ones((2, 3)), (EIGHT, EIGHT), (np.ones(8), None))
 NOT_BATCHES = [
@@ -397,6 +404,15 @@ TABLE = [
     *rows("hessian_eigenvalues", "k", these(ValueError, "max_products=1", 2, got="= 2"), max_products=1),
     *rows("m_sharpness", "rho", BAD_RADIUS),
     *integers("m_sharpness", "steps", 1),
+    *integers("track_eigenvalue", "num_products", 1),
+    *rows("track_eigenvalue", "previous", these(ValueError, "must have the shapes of", SHORTER, got="got (2,)")),
+    *rows("hessian_eigenvalues hessian_trace spectral_density track_eigenvalue m_sharpness", "scale", NOT_SCALES),
+    *rows("directional_sharpness", "direction", [*NOT_PARAMS[1:2], *NOT_LIKE[:1], *NOT_LIKE[2:]]),
+    *rows("directional_sharpness", "direction", these(ValueError, "not zero", {"w": jnp.zeros((3, 2))}, got="0.0")),
+    *rows("critical_sharpness", "updates", [*NOT_PARAMS[1:2], *NOT_LIKE[:1], *NOT_LIKE[2:]]),
+    *rows("critical_sharpness", "rtol", NOT_POSITIVE),
+    *rows("sam_edge", "gradient_norm rho", these(ValueError, "finite and at least 0", -0.1, NAN, INF)),
+    *rows("sam_edge", "learning_rate", NOT_POSITIVE),
     *rows("loss_along", "h", NOT_POSITIVE + NOT_REAL[:1]),
     *rows("loss_along loss_surface", "positions", NOT_POSITIONS),
     *rows("spectral_density", "positions", NOT_POSITIONS[:1], lambda _, positions: DENSITY.smoothed(positions, 1.0)),
@@ -410,6 +426,7 @@ UNCHECKED = {
     "hessian_eigenvalues": {"rtol", "max_products"},
     "spectral_density": {"num_probes", "num_products"},
     "hessian_trace": {"num_probes"},
+    "gauss_newton": {"outputs_fn", "loss_of_outputs"},
     "average_sharpness": {"sigma", "num_samples"},
     "m_sharpness": {"num_micro_batches"},
     "norm": {"shards"},

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optax_sam._checks import check_nonnegative
+from optax_sam._checks import check_alike, check_nonnegative
 from optax_sam.sharpness.hessian import hessian_of
 from optax_sam.sharpness.lanczos import NOT_FINITE_MESSAGE, inner_product, normalized
 from optax_sam.sharpness.streaming import LossFn, as_real, loss_of_sum, means_over
@@ -79,7 +79,8 @@ def directional_sharpness(loss_fn: LossFn, params: Any, direction: Any, batches:
 
     Raises:
         TypeError: params or a direction that are not all real floating-point arrays.
-        ValueError: a direction that is zero; an iterator, or a single batch, as batches; a Hessian that is not finite.
+        ValueError: a direction that is zero or not like params; an iterator, or a single batch, as batches; a Hessian
+            that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])
@@ -88,6 +89,7 @@ def directional_sharpness(loss_fn: LossFn, params: Any, direction: Any, batches:
         5.5
     """
     params, direction = as_real("params", params), as_real("direction", direction)
+    check_alike("direction", direction, "params", params)
     unit, length = normalized(direction)
     if not length > 0:
         raise ValueError(f"direction has length {length}. Pass one that is finite and not zero.")
@@ -123,7 +125,8 @@ def critical_sharpness(
 
     Raises:
         TypeError: params or updates that are not all real floating-point arrays.
-        ValueError: an iterator, or a single batch, as batches; rtol ≤ 0; a loss at params that is not finite.
+        ValueError: updates that are not like params; an iterator, or a single batch, as batches; rtol ≤ 0; a loss at
+            params that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, 2.0, 10.0])
@@ -138,6 +141,7 @@ def critical_sharpness(
         <https://arxiv.org/abs/2601.16979>`_, 2026
     """
     params, updates = as_real("params", params), as_real("updates", updates)
+    check_alike("updates", updates, "params", params)
     check_nonnegative("rtol", rtol, zero=False)
     loss = loss_of_sum(loss_fn)
 

@@ -20,10 +20,12 @@ from optax_sam.sharpness.streaming import (
     LossFn,
     as_positions,
     as_real,
+    as_scale,
     checked_loss,
     estimate,
     keys_of,
     once_per_loss,
+    scaled,
     shown,
     sized,
 )
@@ -98,9 +100,9 @@ def hessian_eigenvalues(
         batches: list of batches that make up L, or another re-iterable collection.
         k: how many of the largest, ≥ 1.
         num_smallest: how many of the smallest, ≥ 0.
-        scale: tree like params of arrays, numbers or booleans that broadcast against them: of D·H·D, D = diag(scale),
-            instead. A mask: the block of some leaves, such as a layer. |w| + eta: a sharpness that rescaling of the
-            weights does not change (Kwon et al. 2021).
+        scale: tree like params, or a prefix of it, of arrays, numbers or booleans that broadcast to them: of D·H·D,
+            D = diag(scale), instead. A mask: the block of some leaves, such as a layer, and zeros. |w| + eta: a
+            sharpness that rescaling of the weights does not change (Kwon et al. 2021).
         rtol: stops once every residual is ≤ ``rtol · max(|value|, 0.01 · largest |value|)``, the largest at both ends
             of the spectrum, returned or not.
         max_products: stops with a warning after so many products H·v.
@@ -111,8 +113,8 @@ def hessian_eigenvalues(
 
     Raises:
         TypeError: a number of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: k < 1, num_smallest < 0, or more eigenvalues than there are params or products; an iterator, or a
-            single batch, as batches; a Hessian that is not finite.
+        ValueError: k < 1, num_smallest < 0, or more eigenvalues than there are params or products; a scale of other
+            shapes; an iterator, or a single batch, as batches; a Hessian that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])
@@ -126,6 +128,7 @@ def hessian_eigenvalues(
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
     params = as_real("params", params)
+    scale = as_scale(scale, params)
     check_int("k", k)
     check_int("num_smallest", num_smallest, least=0)
     size, wanted = dimension(params), k + num_smallest
@@ -195,6 +198,7 @@ def hessian_trace(
         <https://doi.org/10.1080/03610918908812806>`_, 1989
     """
     params = as_real("params", params)
+    scale = as_scale(scale, params)
     hessian = hessian_of(loss_fn, params, batches, scale)
     draw = random_vectors(jax.random.rademacher, params)
     samples = []
@@ -248,6 +252,7 @@ def spectral_density(
         <https://arxiv.org/abs/1901.10159>`_, 2019
     """
     params = as_real("params", params)
+    scale = as_scale(scale, params)
     num_products = min(num_products, dimension(params))
     hessian = hessian_of(loss_fn, params, batches, scale)
     draw = random_vectors(jax.random.normal, params)
@@ -285,13 +290,6 @@ def _hessian_product(loss_fn: LossFn) -> Callable[..., Any]:
         return optax.tree.add_scale(total, size, scaled(product, scale))
 
     return jax.jit(add_product, donate_argnums=0)
-
-
-def scaled(vector: Any, scale: Any) -> Any:
-    """D · vector; the vector where there is no scale."""
-    if scale is None:
-        return vector
-    return jax.tree.map(lambda leaf, factor: leaf * jnp.asarray(factor, leaf.dtype), vector, scale)
 
 
 def dimension(params: Any) -> int:

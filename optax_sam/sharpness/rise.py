@@ -17,18 +17,19 @@ from optax_sam._convolution import canonicalized
 from optax_sam._means import leading_size
 from optax_sam._micro_batches import mean_over_micro_batches
 from optax_sam.ascent import normalized_ascent
-from optax_sam.sharpness.hessian import scaled
 from optax_sam.sharpness.lanczos import random_vectors
 from optax_sam.sharpness.streaming import (
     Estimate,
     LossFn,
     as_real,
+    as_scale,
     checked_loss,
     estimate,
     keys_of,
     loss_of_sum,
     means_over,
     once_per_loss,
+    scaled,
 )
 
 
@@ -59,9 +60,9 @@ def m_sharpness(
         rho: radius of the ball, ≥ 0.
         num_micro_batches: M ≥ 1, a divisor of B.
         steps: gradients for each micro-batch; the paper takes 20.
-        scale: tree like params of arrays, numbers or booleans that broadcast against them: L(w + D·δ), D = diag(scale),
-            instead. A mask: the leaves that move. |w| + eta: the ball of ASAM, which rescaling of the weights does not
-            change (Kwon et al. 2021).
+        scale: tree like params, or a prefix of it, of arrays, numbers or booleans that broadcast to them: L(w + D·δ),
+            D = diag(scale), instead. A mask: the leaves that move. |w| + eta: the ball of ASAM, which rescaling of the
+            weights does not change (Kwon et al. 2021).
 
     Returns:
         The rise, a scalar.
@@ -87,7 +88,7 @@ def m_sharpness(
     check_int("steps", steps)
     if num_micro_batches > 1:
         leading_size(batch=batch)  # leaves of several sizes may all be divisible
-    return _worst_rise(loss_fn, num_micro_batches, steps)(params, scale, rho, batch)
+    return _worst_rise(loss_fn, num_micro_batches, steps)(params, as_scale(scale, params), rho, batch)
 
 
 def average_sharpness(

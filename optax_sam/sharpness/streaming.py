@@ -45,6 +45,27 @@ def as_real(name: str, params: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, widen(leaf).dtype), params)
 
 
+def as_scale(scale: Any, params: Any) -> Any:
+    """The factors of a scale, a prefix of params, in the structure and types of params; None where there is none."""
+    if scale is None:
+        return None
+
+    def factor_of(path, leaf, factor):
+        if jnp.broadcast_shapes(jnp.shape(factor), leaf.shape) != leaf.shape:
+            raise ValueError(
+                f"scale must have the shapes of params, or broadcast to them; got {jnp.shape(factor)} for {leaf.shape} "
+                f"at {jax.tree_util.keystr(path) or 'the only leaf'}."
+            )
+        return jnp.asarray(factor, leaf.dtype)
+
+    return jax.tree.map_with_path(factor_of, params, jax.tree.broadcast(scale, params))
+
+
+def scaled(vector: Any, scale: Any) -> Any:
+    """D · vector; the vector where there is no scale."""
+    return vector if scale is None else jax.tree.map(jnp.multiply, vector, scale)
+
+
 def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Each batch after the number of its examples; a batch without arrays counts as one example."""
     is_empty = isinstance(batches, Sized) and not isinstance(batches, jax.Array | np.ndarray) and not len(batches)

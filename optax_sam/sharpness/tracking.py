@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_sam._checks import check_int
-from optax_sam.sharpness.hessian import FEWEST_PRODUCTS, dimension, hessian_of, scaled
+from optax_sam._checks import check_alike, check_int
+from optax_sam.sharpness.hessian import FEWEST_PRODUCTS, dimension, hessian_of
 from optax_sam.sharpness.lanczos import normalized, projections, random_vectors
-from optax_sam.sharpness.streaming import LossFn, as_real
+from optax_sam.sharpness.streaming import LossFn, as_real, as_scale, scaled
 
 FRESH = 0.01  # of the start is random: an eigenvector that has become the first is found even if orthogonal to the last
 
@@ -58,7 +58,8 @@ def track_eigenvalue(
 
     Raises:
         TypeError: num_products is not an int, or params that are not all real floating-point arrays.
-        ValueError: num_products < 1; an iterator, or a single batch, as batches; a Hessian that is not finite.
+        ValueError: num_products < 1; the result of other params as ``previous``; a scale of other shapes; an iterator,
+            or a single batch, as batches; a Hessian that is not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -73,6 +74,7 @@ def track_eigenvalue(
         4.59
     """
     params = as_real("params", params)
+    scale = as_scale(scale, params)
     check_int("num_products", num_products)
     count = 0 if previous is None else previous.num_updates
     fresh, _ = normalized(random_vectors(jax.random.normal, params)(jax.random.fold_in(jax.random.key(0), count)))
@@ -80,6 +82,7 @@ def track_eigenvalue(
         num_products = max(num_products, FEWEST_PRODUCTS)
         start = fresh
     else:
+        check_alike("previous.vector", previous.vector, "params", params)
         start = optax.tree.add_scale(previous.vector, FRESH, fresh)
     product = hessian_of(loss_fn, params, batches, scale)
     *_, projection = projections(product, scaled(start, scale), min(num_products, dimension(params)))

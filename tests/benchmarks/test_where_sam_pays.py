@@ -232,11 +232,20 @@ def test_rows_are_paired_differences_with_their_intervals():
     half = 4.302653 * 0.5 / np.sqrt(3)  # the quantile of Student's t with 2 degrees of freedom
     np.testing.assert_allclose(found.gain[1:], (1 - half, 1 + half), rtol=1e-5)
     assert (found.gain[1] > 0, found.decided) == (False, "")
-    assert "−0.2" not in report.table(record)
     assert "edge of the grid: rho" in report.table(record)
-    assert "| SAM | 2 | 0.02, 0.005, 0.1 (rho at the edge) | 71.3 ± 2.0 | +1.0 [-0.2, +2.2] | 2.5 |" in report.markdown(
-        record
-    )
+    records = {"look_alike": record, "clean": record}
+    assert "| SGD | 1 | 70.3 ± 1.5 % | 70.3 ± 1.5 % |" in report.gains(records)
+    assert "| SAM | 2 | +1.0 [-0.2, +2.2] | +1.0 [-0.2, +2.2] |" in report.gains(records)
+    assert "| SAM | 2 | +1.0 [-0.2, +2.2] | +1.0 [-0.2, +2.2] |" in report.untuned(records)
+    assert "| SAM | 2 | 0.02, 0.005, 0.1 (rho at the edge); λ 2.5 |" in report.tuned_values(records)
+
+
+def test_luck_is_what_the_runners_up_lose():
+    record = record_of({"sgd": [0.7, 0.72], "sam": [0.71, 0.73]})
+    for result, losses in zip(record["methods"].values(), ([0.01, 0.02], [0.0, 0.03]), strict=True):
+        best = result["tuned"]["test"]["held out"]
+        result["runners_up"] = [{"test": {"held out": [x - loss for x in best]}} for loss in losses]
+    np.testing.assert_allclose(report.luck(record), (1.5, np.std([1, 2, 0, 3], ddof=1)))
 
 
 def test_corrected_intervals_are_wider():
@@ -288,6 +297,9 @@ def test_the_page_shows_the_tables_of_the_records():
         if found:
             for table in (report.gains, report.untuned, report.tuned_values):
                 assert table(found) in page
+    for record in RECORDS.values():
+        if "runners_up" in record["methods"]["sam"]:
+            assert "{:+.2f} ± {:.2f}".format(*report.luck(record)) in page
 
 
 def test_claims_are_those_of_the_records():
