@@ -266,6 +266,7 @@ def test_padding_alone_leaves_the_statistics_as_they_were():
     assert not np.allclose(arrays(nnx.state(model, nnx.BatchStat))[0], before[0])
 
 
+@pytest.mark.heavy
 def test_training_on_the_devices_of_an_explicit_mesh():
     """After the first step the whole model is on the mesh."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Explicit,))

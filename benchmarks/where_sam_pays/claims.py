@@ -1,6 +1,6 @@
 """Claims of papers that the study decides, each with what was measured and the verdict of a paired interval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ AS_ACCURATE = [
     ("Jiang et al. 2023", "ae_sam", ["look_alike", "clean"]),
     ("Becker et al. 2024", "momentum_sam", ["look_alike", "clean"]),
 ]
+HALVINGS = ["sam", "msam_4", "msam_8", "msam_16", "msam_each"]
 FLATTER = [(SAM, "sam", "sgd"), (MSAM, "msam_8", "sam")]
 
 
@@ -55,14 +56,21 @@ def claims(records: Records) -> list[PaperClaim]:
     """Of all settings that have been studied."""
     found = []
     for paper, name, other, settings in BETTER:
-        found += [_better(records[key], key, paper, name, other) for key in settings if key in records]
+        found += [_better(record, key, paper, name, other) for key, record in _with(records, settings, name, other)]
     for paper, name, settings in AS_ACCURATE:
-        found += [_as_accurate(records[key], key, paper, name) for key in settings if key in records]
+        found += [_as_accurate(record, key, paper, name) for key, record in _with(records, settings, name, "sam")]
     for paper, name, other in FLATTER:
-        found += [_flatter(records[key], key, paper, name, other) for key in WORLDS if key in records]
-    if "look_alike" in records:
-        found += [_fewer_examples(records["look_alike"]), _learning_rates(records["look_alike"])]
+        found += [_flatter(record, key, paper, name, other) for key, record in _with(records, WORLDS, name, other)]
+    for _, record in _with(records, ["look_alike"], "sam", *HALVINGS):
+        found.append(_fewer_examples(record))
+    for _, record in _with(records, ["look_alike"], "sam", "stable_sam"):
+        found.append(_learning_rates(record))
     return found
+
+
+def _with(records: Records, settings: Iterable[str], *names: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The settings whose records have all of these methods."""
+    return [(key, records[key]) for key in settings if key in records and set(names) <= set(records[key]["methods"])]
 
 
 def accuracies(record: Mapping[str, Any], name: str) -> np.ndarray:
@@ -99,9 +107,8 @@ def _flatter(record, key, paper, name, other) -> PaperClaim:
 
 
 def _fewer_examples(record) -> PaperClaim:
-    halvings = {"sam": 0, "msam_4": 2, "msam_8": 3, "msam_16": 4, "msam_each": np.log2(record["batch_size"])}
-    values = np.stack([accuracies(record, name) for name in halvings])
-    slopes = np.polyfit(list(halvings.values()), values, 1)[0]
+    halvings = [np.log2(METHODS[name].micro_batches or record["batch_size"]) for name in HALVINGS]
+    slopes = np.polyfit(halvings, np.stack([accuracies(record, name) for name in HALVINGS]), 1)[0]
     low, high = interval(slopes)
     return PaperClaim(
         "Andriushchenko and Flammarion 2022",

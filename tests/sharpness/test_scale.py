@@ -107,6 +107,7 @@ def cross_entropy(logits, batch):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, (batch["y"] > 0).astype(int)))
 
 
+@pytest.mark.heavy
 def test_gauss_newton_against_jacobians_and_matfree():
     loss_fn = optax_sam.gauss_newton(outputs, cross_entropy)
     plain = lambda params, batch: cross_entropy(outputs(params, batch), batch)  # noqa: E731
@@ -133,6 +134,7 @@ def test_gauss_newton_against_jacobians_and_matfree():
     assert abs(trace.mean - values.sum()) < 4 * trace.standard_error
 
 
+@pytest.mark.heavy
 def test_gauss_newton_is_itself_a_loss_for_the_other_instruments():
     loss_fn = optax_sam.gauss_newton(outputs, cross_entropy)
     plain = lambda params, batch: cross_entropy(outputs(params, batch), batch)  # noqa: E731
