@@ -97,7 +97,7 @@ def draw(runs: Mapping[str, Mapping[str, list[float]]]) -> Figure:
         color, step = COLORS[name], np.array(run["step"])
         width = 1.5 if "SAM" in name else 3.5  # so that it shows under late SAM before the switch
         axes["eigenvalue"].plot(step, run["eigenvalue"], color=color, lw=width, label=name)
-        if LINKS[name] is LINKS["SAM"]:
+        if name == "SAM":
             edge = optax_sam.sam_edge(np.array(run["gradient_norm"]), LEARNING_RATE, RHO)
             axes["eigenvalue"].plot(step, edge, color=color, ls=":", lw=1.2, label="edge of SAM")
         axes["loss"].semilogy(step, run["loss"], color=color, lw=width)

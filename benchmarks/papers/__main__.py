@@ -24,7 +24,7 @@ def table() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():
             for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]:
-                paper = claim.get("paper", PAPERS.get(name))
+                paper = claim.get("paper") or PAPERS[name]
                 columns = (paper, claim["claim"], claim["measured"], f"**{claim['verdict']}**")
                 rows.append("| " + " | ".join(column.replace("|", "\\|") for column in columns) + " |")
     return "\n".join(rows)

@@ -29,11 +29,12 @@ WIDTH = 100
 
 
 class Claim(NamedTuple):
-    """What a paper says, what we measured, and what follows."""
+    """What a paper says, what we measured, and what follows; which paper, where a record is of several."""
 
     claim: str
     measured: str
     verdict: str
+    paper: str = ""
 
 
 def verdict(holds: bool) -> str:
@@ -75,6 +76,12 @@ def spread(values: npt.ArrayLike, digits: int = 2, scale: float = 1.0) -> str:
 def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
     """To so many digits, for JSON."""
     return np.array([float(f"{x:.{digits}g}") for x in values.ravel()]).reshape(values.shape).tolist()
+
+
+def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """As JSON; what is not finite becomes null."""
+    text = json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 class Reproduction:
@@ -141,8 +148,7 @@ class Reproduction:
             "claims": [claim._asdict() for claim in claims],
             **results,
         }
-        text = json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
+        write_record(folder / f"{self.name}.json", record)
         figure.savefig(folder / f"{self.name}.png", dpi=130)
         for claim in claims:
             print(f"\n{claim.verdict.upper()}")

@@ -9,7 +9,6 @@ Writes one JSON file for each setting, with every seed, and the picture, and pri
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import pathlib
@@ -20,16 +19,15 @@ from typing import Any
 import tqdm
 
 from benchmarks import timing
-from benchmarks.papers.reproduction import RESULTS
+from benchmarks.papers.reproduction import RESULTS, write_record
 from benchmarks.where_sam_pays import claims, report, study
 from benchmarks.where_sam_pays.methods import FEW, METHODS
 from benchmarks.where_sam_pays.settings import SETTINGS
 from examples.training import checkpoints
-from examples.training.report import finite
 
 RUNS = pathlib.Path("runs/where_sam_pays")
 PICTURE = "look_alike"
-EVERY_METHOD = ("look_alike", "clean", "symmetric")
+EVERY_METHOD = ("look_alike", "clean", "symmetric", "cifar_10n")
 RATES_SETTING, RATES_METHODS = "look_alike", ("sgd", "usam", "sam", "stable_sam")
 # A worker computes on one core: matrices this small are not worth two, and runs are plenty.
 WORKER = {
@@ -59,19 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for worker in range(options.workers):
-        cores.put(worker % (os.cpu_count() or 1))
+        cores.put(worker)
     with concurrent.futures.ProcessPoolExecutor(options.workers, context, study.settle, (cores,)) as pool:
         for name in options.setting:
             jobs = [study.Job(name, method, runs, options.data_dir, options.smoke) for method in methods_of(name)]
             record = record_of(pool, jobs)
-            text = json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False)
-            (results / f"where_sam_pays_{name}.json").write_text(text + "\n", encoding="utf-8")
+            write_record(results / f"where_sam_pays_{name}.json", record)
             print(report.table(record), end="\n\n")
     found = report.records(results)
-    found_claims = [claim._asdict() for claim in claims.claims(found)]
-    record = {"command": "python -m benchmarks.where_sam_pays", "claims": found_claims}
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    (results / "where_sam_pays.json").write_text(text + "\n", encoding="utf-8")
+    record = {"command": "python -m benchmarks.where_sam_pays", "claims": [c._asdict() for c in claims.claims(found)]}
+    write_record(results / "where_sam_pays.json", record)
     figure = report.draw(found[PICTURE if PICTURE in found else options.setting[0]])
     figure.savefig(results / "where_sam_pays.png", dpi=130)
 

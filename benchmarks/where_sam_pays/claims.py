@@ -1,22 +1,17 @@
 """Claims of papers that the study decides, each with what was measured and the verdict of a paired interval."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.papers.reproduction import FAILS, HOLDS, UNDECIDED, interval, paired_verdict
+from benchmarks.papers.reproduction import FAILS, HOLDS, UNDECIDED, Claim, interval, paired_verdict
 from benchmarks.where_sam_pays.methods import METHODS
-from benchmarks.where_sam_pays.report import TEST
+from benchmarks.where_sam_pays.report import COLUMNS, NUM_MAIN, TEST, accuracies
 
 Records = Mapping[str, Mapping[str, Any]]
 AS_GOOD = 0.5  # points
-WORLDS = {
-    "look_alike": "30 % of the labels moved to a similar class",
-    "symmetric": "40 % of the labels moved to any class",
-    "cifar_10n": "labels of CIFAR-10N, 40 % wrong",
-    "clean": "clean labels",
-}
+WORLDS = list(COLUMNS)[:NUM_MAIN]
 SAM, MSAM, LATE = "Foret et al. 2021", "Behdin et al. 2023", "Zhou et al. 2025"
 # paper, method, what it is compared with, in which settings: the claim is that it is more accurate
 BETTER = [
@@ -43,16 +38,7 @@ HALVINGS = ["sam", "msam_4", "msam_8", "msam_16", "msam_each"]
 FLATTER = [(SAM, "sam", "sgd"), (MSAM, "msam_8", "sam")]
 
 
-class PaperClaim(NamedTuple):
-    """What a paper says, what we measured, and what follows."""
-
-    paper: str
-    claim: str
-    measured: str
-    verdict: str
-
-
-def claims(records: Records) -> list[PaperClaim]:
+def claims(records: Records) -> list[Claim]:
     """Of all settings that have been studied."""
     found = []
     for paper, name, other, settings in BETTER:
@@ -73,11 +59,6 @@ def _with(records: Records, settings: Iterable[str], *names: str) -> list[tuple[
     return [(key, records[key]) for key in settings if key in records and set(names) <= set(records[key]["methods"])]
 
 
-def accuracies(record: Mapping[str, Any], name: str) -> np.ndarray:
-    """(seeds,) in per cent, of the tuned method."""
-    return 100 * np.array(record["methods"][name]["tuned"]["test"][TEST])
-
-
 def as_good_verdict(differences: Sequence[float] | np.ndarray) -> str:
     """Of a claim that differences are within half a point: the 95 % interval decides if it is inside, or outside."""
     low, high = interval(differences)
@@ -86,40 +67,40 @@ def as_good_verdict(differences: Sequence[float] | np.ndarray) -> str:
     return FAILS if low > AS_GOOD or high < -AS_GOOD else UNDECIDED
 
 
-def _better(record, key, paper, name, other) -> PaperClaim:
+def _better(record, key, paper, name, other) -> Claim:
     first, second = accuracies(record, name), accuracies(record, other)
-    claim = f"{_title(name)} is more accurate than {_title(other)}, each tuned ({WORLDS[key]})."
-    return PaperClaim(paper, claim, _difference(first, second), paired_verdict(first - second))
+    claim = f"{_title(name)} is more accurate than {_title(other)}, each tuned ({COLUMNS[key]})."
+    return Claim(claim, _difference(first, second), paired_verdict(first - second), paper)
 
 
-def _as_accurate(record, key, paper, name) -> PaperClaim:
+def _as_accurate(record, key, paper, name) -> Claim:
     first, second = accuracies(record, name), accuracies(record, "sam")
     gradients = record["methods"][name]["tuned"]["gradients"]
     claim = f"{_title(name)}, with {gradients:.3g} gradients per step, is as accurate as SAM within half a point"
-    return PaperClaim(paper, f"{claim} ({WORLDS[key]}).", _difference(first, second), as_good_verdict(first - second))
+    return Claim(f"{claim} ({COLUMNS[key]}).", _difference(first, second), as_good_verdict(first - second), paper)
 
 
-def _flatter(record, key, paper, name, other) -> PaperClaim:
+def _flatter(record, key, paper, name, other) -> Claim:
     first, second = (np.array(record["methods"][one]["tuned"]["eigenvalues"]) for one in (name, other))
     claim = f"{_title(name)} ends with a smaller largest Hessian eigenvalue than {_title(other)}, each tuned"
     measured = f"{np.mean(first):.3g} against {np.mean(second):.3g} ({len(first)} seeds)."
-    return PaperClaim(paper, f"{claim} ({WORLDS[key]}).", measured, paired_verdict(np.log(second / first)))
+    return Claim(f"{claim} ({COLUMNS[key]}).", measured, paired_verdict(np.log(second / first)), paper)
 
 
-def _fewer_examples(record) -> PaperClaim:
+def _fewer_examples(record) -> Claim:
     halvings = [np.log2(METHODS[name].micro_batches or record["batch_size"]) for name in HALVINGS]
     slopes = np.polyfit(halvings, np.stack([accuracies(record, name) for name in HALVINGS]), 1)[0]
     low, high = interval(slopes)
-    return PaperClaim(
-        "Andriushchenko and Flammarion 2022",
-        f"The fewer examples share an ascent of SAM, the more accurate it is, each tuned ({WORLDS['look_alike']}).",
+    return Claim(
+        f"The fewer examples share an ascent of SAM, the more accurate it is, each tuned ({COLUMNS['look_alike']}).",
         f"Points gained each time their number is halved: {np.mean(slopes):+.2f} [{low:+.2f}, {high:+.2f}], from "
         f"{record['batch_size']} to 1 ({len(slopes)} seeds).",
         paired_verdict(slopes),
+        "Andriushchenko and Flammarion 2022",
     )
 
 
-def _learning_rates(record) -> PaperClaim:
+def _learning_rates(record) -> Claim:
     """At rates above SAM's best, each method with its own tuned rho and decay."""
     stable, plain = (
         {f"{row['learning_rate']:.2g}": 100 * np.array(row["test"][TEST]) for row in record["rates"][name]}
@@ -130,7 +111,7 @@ def _learning_rates(record) -> PaperClaim:
     first, second = (np.mean([found[rate] for rate in shared], axis=0) for found in (stable, plain))
     claim = "At learning rates above SAM's best StableSAM is more accurate than SAM, each with its own rho"
     measured = f"Means over the rates {', '.join(shared)}: {_difference(first, second)}"
-    return PaperClaim("Tan et al. 2024", f"{claim} ({WORLDS['look_alike']}).", measured, paired_verdict(first - second))
+    return Claim(f"{claim} ({COLUMNS['look_alike']}).", measured, paired_verdict(first - second), "Tan et al. 2024")
 
 
 def _difference(first: np.ndarray, second: np.ndarray) -> str:

@@ -7,7 +7,6 @@ batches. Nothing else is trained.
 """
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
@@ -19,7 +18,7 @@ import tqdm
 
 import optax_sam
 from benchmarks import timing
-from benchmarks.papers.reproduction import RESULTS
+from benchmarks.papers.reproduction import RESULTS, write_record
 from benchmarks.where_sam_pays import report
 from benchmarks.where_sam_pays.methods import METHODS
 from benchmarks.where_sam_pays.settings import SETTINGS
@@ -82,8 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("rank correlation with the tuned rho:", correlations)
     result = {"command": "python -m benchmarks.where_sam_pays.finder", **timing.environment()}
     result |= {"settings": rows, "rank_correlations": correlations}
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    (RESULTS / "rho_finder.json").write_text(text + "\n", encoding="utf-8")
+    write_record(RESULTS / "rho_finder.json", result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What came out: a table for the terminal, the same for a page, and the picture."""
+"""What came out: a table for the terminal, tables for a page, and the picture.
+
+python -m benchmarks.where_sam_pays.report prints those of benchmarks/README.md.
+"""
 
 import json
 import pathlib
@@ -8,7 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from benchmarks.papers.reproduction import interval, spread
+from benchmarks.papers.reproduction import RESULTS, interval, spread
 from benchmarks.where_sam_pays.methods import CONTROLS, METHODS
 
 matplotlib.use("Agg")
@@ -16,16 +19,17 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 TEST = "held out"
-SHORT = {
-    "look_alike": "similar classes, 30 %",
-    "symmetric": "any class, 40 %",
-    "cifar_10n": "CIFAR-10N, 40 %",
-    "clean": "clean",
-    "look_alike_adamw": "similar classes, AdamW",
-    "clean_adamw": "clean, AdamW",
-    "look_alike_16": "similar classes, batch 16",
-    "look_alike_256": "batch 256",
+COLUMNS = {
+    "look_alike": "30 % wrong labels, similar class",
+    "symmetric": "40 % wrong labels, any class",
+    "cifar_10n": "CIFAR-10N, 40 % wrong labels",
+    "clean": "clean labels",
+    "look_alike_adamw": "similar class, AdamW",
+    "clean_adamw": "clean labels, AdamW",
+    "look_alike_16": "similar class, batch size 16",
+    "look_alike_256": "similar class, batch size 256",
 }
+NUM_MAIN = 4  # of them; the others differ from these in one thing
 TUNED_SGD, CONTROL, METHOD = "#555555", "#999999", "#0072b2"
 
 
@@ -47,20 +51,22 @@ class Row(NamedTuple):
     untuned_gain: tuple[float, float, float]
 
 
-def row(record: Mapping[str, Any], name: str, test: str = TEST) -> Row:
+def accuracies(record: Mapping[str, Any], name: str, which: str = "tuned") -> np.ndarray:
+    """(seeds,) in per cent, of a method as tuned or by "default"."""
+    return 100 * np.array(record["methods"][name][which]["test"][TEST])
+
+
+def row(record: Mapping[str, Any], name: str) -> Row:
     """Of a method in the record of a setting."""
-    tuned, untuned = (100 * np.array(record["methods"][name][key]["test"][test]) for key in ("tuned", "default"))
-    tuned_sgd, untuned_sgd = (
-        100 * np.array(record["methods"]["sgd"][key]["test"][test]) for key in ("tuned", "default")
-    )
-    comparisons = len(record["methods"]) - 1
-    signs = [_sign(interval(tuned - tuned_sgd, number)) for number in (1, comparisons)]
+    tuned, default = (accuracies(record, name, which) for which in ("tuned", "default"))
+    gain, default_gain = tuned - accuracies(record, "sgd"), default - accuracies(record, "sgd", "default")
+    signs = [_sign(interval(gain, number)) for number in (1, len(record["methods"]) - 1)]
     return Row(
         tuned,
-        (float(np.mean(tuned - tuned_sgd)), *interval(tuned - tuned_sgd)),
+        (float(np.mean(gain)), *interval(gain)),
         "".join(signs),
-        untuned,
-        (float(np.mean(untuned - untuned_sgd)), *interval(untuned - untuned_sgd)),
+        default,
+        (float(np.mean(default_gain)), *interval(default_gain)),
     )
 
 
@@ -71,11 +77,11 @@ def _sign(limits: tuple[float, float]) -> str:
 def luck(record: Mapping[str, Any]) -> tuple[float, float]:
     """How much better the chosen hyperparameters test than the two next best: mean over methods, standard deviation."""
     differences = [
-        np.mean(result["tuned"]["test"][TEST]) - np.mean(other["test"][TEST])
-        for result in record["methods"].values()
+        np.mean(accuracies(record, name)) - 100 * np.mean(other["test"][TEST])
+        for name, result in record["methods"].items()
         for other in result["runners_up"]
     ]
-    return 100 * float(np.mean(differences)), 100 * float(np.std(differences, ddof=1))
+    return float(np.mean(differences)), float(np.std(differences, ddof=1))
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -134,9 +140,18 @@ def tuned_values(records: Mapping[str, Mapping[str, Any]]) -> str:
     return _page(records, cell)
 
 
+def pages(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The tables of the page: those of the main settings, and of the others."""
+    found = []
+    for names in (list(COLUMNS)[:NUM_MAIN], list(COLUMNS)[NUM_MAIN:]):
+        some = {name: records[name] for name in names if name in records}
+        found += [table(some) for table in (gains, untuned, tuned_values) if some]
+    return found
+
+
 def _page(records: Mapping[str, Mapping[str, Any]], cell: Callable[[Mapping[str, Any], str], str]) -> str:
     """Methods down, settings across."""
-    titles = " | ".join(SHORT[name] for name in records)
+    titles = " | ".join(COLUMNS[name] for name in records)
     lines = [f"| method | gradients | {titles} |", "|---" * (2 + len(records)) + "|"]
     for name in METHODS:
         found = [record for record in records.values() if name in record["methods"]]
@@ -149,7 +164,7 @@ def _page(records: Mapping[str, Mapping[str, Any]], cell: Callable[[Mapping[str,
 
 def records(results: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Of the settings that have been studied, by name."""
-    paths = {name: results / f"where_sam_pays_{name}.json" for name in SHORT}
+    paths = {name: results / f"where_sam_pays_{name}.json" for name in COLUMNS}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
@@ -160,14 +175,17 @@ def draw(record: Mapping[str, Any]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9, 2 + 0.2 * len(names)), sharey=True, layout="constrained")
     tuned_sgd = float(np.mean(rows["sgd"].accuracies))
     titles = "all tuned alike", "rate and decay of an untuned baseline"
-    for axis, title, which in zip(axes, titles, ("accuracies", "untuned_accuracies"), strict=True):
-        baseline = getattr(rows["sgd"], which)
+    places = ("accuracies", "gain"), ("untuned_accuracies", "untuned_gain")
+    for axis, title, (values, gain) in zip(axes, titles, places, strict=True):
+        baseline = np.mean(getattr(rows["sgd"], values))
         for place, name in enumerate(names):
-            values, color = getattr(rows[name], which), CONTROL if name in CONTROLS else METHOD
-            low, high = np.mean(baseline) + np.array(interval(values - baseline) if name != "sgd" else (0, 0))
+            color = CONTROL if name in CONTROLS else METHOD
+            middle, low, high = baseline + np.array(getattr(rows[name], gain))
             axis.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="butt")
-            axis.plot(np.mean(values), place, "o", color=color, ms=5)
+            axis.plot(middle, place, "o", color=color, ms=5)
         axis.axvline(tuned_sgd, color=TUNED_SGD, lw=1, ls="--")
+        top = axis.get_xaxis_transform()
+        axis.text(tuned_sgd, 1.005, "tuned SGD", fontsize=8, color=TUNED_SGD, ha="center", transform=top)
         axis.set_title(title, fontsize=10, pad=14)
         axis.set_xlabel("test accuracy, %")
         axis.grid(axis="x", alpha=0.3)
@@ -176,15 +194,9 @@ def draw(record: Mapping[str, Any]) -> Figure:
     labels = [f"{METHODS[name].title}  ({record['methods'][name]['tuned']['gradients']:.3g})" for name in names]
     axes[0].set_yticks(range(len(names)), labels, fontsize=8.5)
     axes[0].invert_yaxis()
-    for axis in axes:
-        axis.text(
-            tuned_sgd,
-            1.005,
-            "tuned SGD",
-            fontsize=8,
-            color=TUNED_SGD,
-            ha="center",
-            transform=axis.get_xaxis_transform(),
-        )
     axes[0].set_ylabel("method (gradients per step)", fontsize=9)
     return figure
+
+
+if __name__ == "__main__":
+    print("\n\n".join(pages(records(RESULTS))))

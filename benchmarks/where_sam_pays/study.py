@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from benchmarks.where_sam_pays import tuning
-from benchmarks.where_sam_pays.methods import METHODS
-from benchmarks.where_sam_pays.settings import SETTINGS, SMOKE, Sample
+from benchmarks.where_sam_pays.methods import METHODS, Method
+from benchmarks.where_sam_pays.settings import SETTINGS, SMOKE, Sample, Setting
 from benchmarks.where_sam_pays.training import Hyperparameters, trainer_of
 
 TUNING_SEEDS = (1_000, 1_001, 1_002, 1_003, 1_004)
@@ -24,8 +24,12 @@ RHO, ZERO = 0.1, -9
 BASES = {"sgd": Hyperparameters(0.02, 5e-3, RHO), "adamw": Hyperparameters(2e-3, 0.1, RHO)}
 LIMITS = ((-8, 8), (-8, 8), (ZERO, 14))
 # What an untuned baseline has: the decay of most scripts, respectively Optax's default, and a usual learning rate.
-DEFAULTS = {"sgd": (0.05, 5e-4), "adamw": (1e-3, 1e-4)}
+DEFAULTS = {
+    "sgd": {"learning_rate": 0.05, "weight_decay": 5e-4},
+    "adamw": {"learning_rate": 1e-3, "weight_decay": 1e-4},
+}
 RHO_LINE = (ZERO, *range(ZERO + 3, LIMITS[2][1], 2))
+RATE_LINE, DECAY_LINE = range(-4, 5, 2), range(-6, 5, 2)
 RATES = range(-4, 12, 2)  # exponents of the learning rate, relative to the tuned one, in the study of its range
 
 
@@ -43,10 +47,8 @@ class Runs:
     """The runs of a job, each trained once: those of an earlier process are read from its file."""
 
     def __init__(self, job: Job) -> None:
-        self.setting, self.method = SETTINGS[job.setting], METHODS[job.method]
-        if job.smoke:
-            self.setting = self.setting._replace(**SMOKE)
-        self.data_dir = job.data_dir
+        self.job, self.method = job, METHODS[job.method]
+        self.setting = SETTINGS[job.setting]._replace(**SMOKE if job.smoke else {})
         self.path = job.folder / job.setting / f"{job.method}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.known: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -78,19 +80,17 @@ class Runs:
         return self.known[key]
 
     def _train(self, kind: str, hyperparameters: Hyperparameters, seed: int) -> dict[str, Any]:
-        trainer, sample = trainer_of(self.setting, self.method), self._sample(seed)
+        trainer, sample = trainer_of(self.setting, self.method), sample_of(self.setting, self.job.data_dir, seed)
         params, gradients = trainer.run(hyperparameters, seed, sample)
         if kind == "validation":
             accuracy = trainer.accuracy(params, sample.validation_inputs, sample.validation_labels)
             return {"validation": round(float(accuracy), 6)}
-        tests = {name: trainer.accuracy(params, *test) for name, test in self.setting.load(self.data_dir).tests.items()}
-        record = {"gradients": gradients, "test": {name: round(float(value), 6) for name, value in tests.items()}}
+        tests = self.setting.load(self.job.data_dir).tests
+        accuracies = {name: round(float(trainer.accuracy(params, *test)), 6) for name, test in tests.items()}
+        record = {"gradients": gradients, "test": accuracies}
         if kind == "hessian":
-            record["eigenvalue"] = float(f"{trainer.largest_eigenvalue(params, sample):.4g}")
+            record["eigenvalue"] = rounded(trainer.largest_eigenvalue(params, sample))
         return record
-
-    def _sample(self, seed: int) -> Sample:
-        return _sample(self.setting, self.data_dir, seed)
 
     def seconds(self) -> float:
         """Of all runs, on one core."""
@@ -99,10 +99,10 @@ class Runs:
 
 def settle(cores: Any) -> None:
     """Keeps a process on the core that is next in a queue, before JAX counts the cores to make as many threads."""
-    core = cores.get()
+    number = cores.get()
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[core % len(allowed)]})
+        os.sched_setaffinity(0, {allowed[number % len(allowed)]})
 
 
 def _check_parent() -> None:
@@ -113,57 +113,64 @@ def _check_parent() -> None:
 
 
 @functools.lru_cache(maxsize=len(TUNING_SEEDS))
-def _sample(setting, data_dir, seed):
+def sample_of(setting: Setting, data_dir: pathlib.Path, seed: int) -> Sample:
+    """The examples of a seed; those of the tuning seeds are drawn once."""
     return setting.draw(setting.load(data_dir), seed)
 
 
 def at(optimizer: str, point: tuning.Point) -> Hyperparameters:
     """The hyperparameters at a point of the lattice."""
-    values = [float(f"{base * 2 ** (x / 2):.4g}") for base, x in zip(BASES[optimizer], point, strict=True)]
+    values = [rounded(base * 2 ** (x / 2)) for base, x in zip(BASES[optimizer], point, strict=True)]
     return Hyperparameters(*values)._replace(rho=0.0 if point[2] == ZERO else values[2])
 
 
-def tuned(job: Job) -> tuning.Point:
+def rounded(value: float) -> float:
+    """To four digits, as runs are known by."""
+    return float(f"{value:.4g}")
+
+
+def limits_of(method: Method) -> tuning.Limits:
+    """Of the lattice; a method without rho has none to move."""
+    return LIMITS if method.has_rho else (*LIMITS[:2], (ZERO, ZERO))
+
+
+def tuned(runs: Runs) -> tuning.Point:
     """The best point on the tuning seeds, from a coarse grid; for SGD, which has no rho, from a finer one."""
-    if METHODS[job.method].has_rho:
-        return _search(job, itertools.product(range(-2, 5, 3), range(-3, 4, 3), RHO_LINE), LIMITS)
-    return _search(job, itertools.product(range(-4, 5, 2), range(-6, 5, 2), [ZERO]), (*LIMITS[:2], (ZERO, ZERO)))
+    axes = (range(-2, 5, 3), range(-3, 4, 3), RHO_LINE) if runs.method.has_rho else (RATE_LINE, DECAY_LINE, [ZERO])
+    return _search(runs, itertools.product(*axes), limits_of(runs.method))
 
 
-def best_rho_by_default(job: Job) -> Hyperparameters:
+def best_rho_by_default(runs: Runs) -> Hyperparameters:
     """With the learning rate and decay of an untuned baseline, the best rho."""
-    rate, decay = DEFAULTS[SETTINGS[job.setting].optimizer]
-    *_, rho = (ZERO,)
-    if METHODS[job.method].has_rho:
-        fixed = (0, 0), (0, 0)
-        *_, rho = _search(job, [(0, 0, rho) for rho in RHO_LINE], (*fixed, LIMITS[2]), rate, decay)
-    return at(SETTINGS[job.setting].optimizer, (0, 0, rho))._replace(learning_rate=rate, weight_decay=decay)
+    defaults, (*_, limits) = DEFAULTS[runs.setting.optimizer], limits_of(runs.method)
+    line = [(0, 0, rho) for rho in RHO_LINE if limits[0] <= rho <= limits[1]]
+    best = _search(runs, line, ((0, 0), (0, 0), limits), **defaults)
+    return at(runs.setting.optimizer, best)._replace(**defaults)
 
 
-def _search(job: Job, grid: Iterable[tuning.Point], limits: Any, *fixed: float) -> tuning.Point:
+def _search(runs: Runs, grid: Iterable[tuning.Point], limits: tuning.Limits, **fixed: float) -> tuning.Point:
     """The point with the best mean accuracy on the validation sets of the tuning seeds."""
-    runs, optimizer = Runs(job), SETTINGS[job.setting].optimizer
-    seeds = TUNING_SEEDS[:1] if job.smoke else TUNING_SEEDS
+    seeds = TUNING_SEEDS[:1] if runs.job.smoke else TUNING_SEEDS
     points = list(grid)
 
     def score(point, num_seeds):
-        hyperparameters = Hyperparameters(*(*fixed, *at(optimizer, point)[len(fixed) :]))
+        hyperparameters = at(runs.setting.optimizer, point)._replace(**fixed)
         return sum(runs.validation(hyperparameters, seed) for seed in seeds[:num_seeds]) / num_seeds
 
-    return tuning.search(score, points[:: len(points) // 3] if job.smoke else points, limits, len(seeds))
+    few = slice(None, None, max(len(points) // 3, 1) if runs.job.smoke else 1)
+    return tuning.search(score, points[few], limits, len(seeds))
 
 
 def studied(job: Job) -> dict[str, Any]:
     """The method tuned and with the baseline's defaults, each tested on all fresh seeds."""
-    point = tuned(job)
     runs = Runs(job)
-    optimizer = runs.setting.optimizer
-    limits = LIMITS if METHODS[job.method].has_rho else LIMITS[:2]
-    edges = [Hyperparameters._fields[axis] for axis in tuning.at_edge(point[: len(limits)], limits)]
+    point = tuned(runs)
+    best = at(runs.setting.optimizer, point)
+    edges = [Hyperparameters._fields[axis] for axis in tuning.at_edge(point, limits_of(runs.method))]
     return {
-        "tuned": tested(runs, at(optimizer, point), NUM_HESSIANS) | {"edges": edges},
-        "runners_up": [tested(runs, other, 0) for other in _runners_up(runs, at(optimizer, point))],
-        "default": tested(runs, best_rho_by_default(job), 0),
+        "tuned": outcome(runs, best, NUM_HESSIANS) | {"edges": edges},
+        "runners_up": [outcome(runs, other) for other in _runners_up(runs, best)],
+        "default": outcome(runs, best_rho_by_default(runs)),
     }
 
 
@@ -174,19 +181,19 @@ def _runners_up(runs: Runs, best: Hyperparameters) -> list[Hyperparameters]:
         if kind == "validation":
             scores.setdefault(Hyperparameters(*values), []).append(record["validation"])
     most = max(map(len, scores.values()))
-    tried = [found for found in scores if len(scores[found]) == most and found[:2] != DEFAULTS[runs.setting.optimizer]]
-    return sorted((found for found in tried if found != best), key=lambda found: -sum(scores[found]))[:NUM_RUNNERS_UP]
+    off_lattice = DEFAULTS[runs.setting.optimizer]["learning_rate"]
+    others = [h for h in scores if len(scores[h]) == most and h != best and h.learning_rate != off_lattice]
+    return sorted(others, key=lambda found: -sum(scores[found]))[:NUM_RUNNERS_UP]
 
 
 def rates_of(job: Job) -> list[dict[str, Any]]:
     """The method at its tuned decay and rho, with learning rates below and above the tuned one."""
-    runs, optimizer = Runs(job), SETTINGS[job.setting].optimizer
-    best = at(optimizer, tuned(job))
-    rates = [best._replace(learning_rate=float(f"{best.learning_rate * 2 ** (x / 2):.4g}")) for x in RATES]
-    return [tested(runs, hyperparameters, 0) for hyperparameters in rates]
+    runs = Runs(job)
+    best = at(runs.setting.optimizer, tuned(runs))
+    return [outcome(runs, best._replace(learning_rate=rounded(best.learning_rate * 2 ** (x / 2)))) for x in RATES]
 
 
-def tested(runs: Runs, hyperparameters: Hyperparameters, num_hessians: int) -> dict[str, Any]:
+def outcome(runs: Runs, hyperparameters: Hyperparameters, num_hessians: int = 0) -> dict[str, Any]:
     """Accuracies by test set, and eigenvalues, in the order of the seeds."""
     numbers = range(runs.setting.num_seeds)
     records = [runs.test(hyperparameters, FIRST_TEST_SEED + number, number < num_hessians) for number in numbers]

@@ -9,12 +9,11 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 Point = tuple[int, ...]
+Limits = Sequence[tuple[int, int]]
 FINALISTS = 8
 
 
-def search(
-    score: Callable[[Point, int], float], grid: Iterable[Point], limits: Sequence[tuple[int, int]], num_seeds: int
-) -> Point:
+def search(score: Callable[[Point, int], float], grid: Iterable[Point], limits: Limits, num_seeds: int) -> Point:
     """The point that no neighbour within the limits beats; of equal ones, the first.
 
     Args:
@@ -33,13 +32,13 @@ def search(
         here = there
 
 
-def at_edge(point: Point, limits: Sequence[tuple[int, int]]) -> list[int]:
+def at_edge(point: Point, limits: Limits) -> list[int]:
     """The axes on which a point is at a limit that could have been wider."""
     pairs = enumerate(zip(point, limits, strict=True))
     return [axis for axis, (x, (low, high)) in pairs if low < high and x in (low, high)]
 
 
-def _is_within(point: Point, limits: Sequence[tuple[int, int]]) -> bool:
+def _is_within(point: Point, limits: Limits) -> bool:
     return all(low <= x <= high for x, (low, high) in zip(point, limits, strict=True))
 
 

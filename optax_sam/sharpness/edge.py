@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from optax_sam._checks import check_alike, check_nonnegative
@@ -52,9 +53,12 @@ def sam_edge(
         Long and Bartlett, `Sharpness-Aware Minimization and the Edge of Stability
         <https://arxiv.org/abs/2309.12488>`_, 2023
     """
-    for name, value in (("gradient_norm", gradient_norm), ("rho", rho)):
-        _check_at_least_0(name, value)
+    if not isinstance(gradient_norm, Tracer) and not np.all(
+        np.isfinite(gradient_norm) & np.greater_equal(gradient_norm, 0)
+    ):
+        raise ValueError(f"gradient_norm must be finite and at least 0; got {gradient_norm!r}.")
     check_nonnegative("learning_rate", learning_rate, zero=False)
+    check_nonnegative("rho", rho)
     rho = jnp.asarray(rho, jnp.result_type(float))
     ratio = jnp.where(rho > 0, 8 * rho / (learning_rate * jnp.asarray(gradient_norm, rho.dtype)), 0)
     return jnp.asarray(4 / (learning_rate * (1 + jnp.sqrt(1 + ratio))))  # no difference of numbers that may be equal
@@ -168,8 +172,3 @@ def critical_sharpness(
         middle = math.sqrt(short * long)
         short, long = (middle, long) if loss_after(middle) <= here else (short, middle)
     return 2 / math.sqrt(short * long)
-
-
-def _check_at_least_0(name: str, value: Any) -> None:
-    if not isinstance(value, Tracer) and not bool(jnp.all(jnp.isfinite(value) & (jnp.asarray(value) >= 0))):
-        raise ValueError(f"{name} must be finite and at least 0; got {value!r}.")

@@ -55,6 +55,16 @@ def cnn_loss(params: Any, batch: Any) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
 
 
+class CountedPasses(list):
+    """Batches that count how often they were gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
 def split(batch: Any, num_micro_batches: int) -> Any:
     """The batch with a leading axis of contiguous micro-batches on every leaf."""
     return jax.tree.map(lambda x: x.reshape(num_micro_batches, -1, *x.shape[1:]), batch)

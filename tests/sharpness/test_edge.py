@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optax_sam
-from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
+from tests.helpers.problems import CountedPasses, mlp_batch, mlp_loss, mlp_params
 
 ONE = [jnp.ones(1)]
 SCALES = jnp.array([1.0, 2.0, 10.0])
@@ -111,15 +111,9 @@ def test_steps_that_only_lower_or_only_raise_the_loss():
 
 
 def test_critical_sharpness_takes_few_passes():
-    passes = []
-
-    class Batches:
-        def __iter__(self):
-            passes.append(1)
-            return iter(ONE)
-
-    optax_sam.critical_sharpness(quadratic, POINT, -SCALES * POINT, Batches())
-    assert len(passes) <= 15
+    batches = CountedPasses(ONE)
+    optax_sam.critical_sharpness(quadratic, POINT, -SCALES * POINT, batches)
+    assert batches.passes <= 15
 
 
 def test_params_and_directions_may_be_sharded():

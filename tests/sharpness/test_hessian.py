@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
 from optax_sam.sharpness.lanczos import BLOCK, projections, random_vectors
-from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
+from tests.helpers.problems import CountedPasses, mlp_batch, mlp_loss, mlp_params
 
 EXAMPLES = mlp_batch(size=28)
 BATCHES = [jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], EXAMPLES) for i in range(4)]  # the last one of 4
@@ -223,19 +223,8 @@ def test_density_of_degenerate_spectra():
         assert np.sum(density.weights[near > 1e-4]) < 1e-6
 
 
-class Loader:
-    """Goes through the batches again and again, and counts how often."""
-
-    def __init__(self, batches):
-        self.batches, self.passes = batches, 0
-
-    def __iter__(self):
-        self.passes += 1
-        return iter(self.batches)
-
-
 def test_batches_are_streamed_and_weighted_by_their_examples():
-    loader = Loader([jnp.full(6, 1.0), jnp.full(2, 5.0)])
+    loader = CountedPasses([jnp.full(6, 1.0), jnp.full(2, 5.0)])
     trace = optax_sam.hessian_trace(lambda w, x: jnp.mean(x) * w**2, 1.0, loader, num_probes=3)
     assert trace.mean == pytest.approx(2 * (6 * 1.0 + 2 * 5.0) / 8)
     assert loader.passes == 3

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
-from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
+from tests.helpers.problems import CountedPasses, mlp_batch, mlp_loss, mlp_params
 
 ONE = [jnp.ones(1)]
 EXAMPLES = mlp_batch(size=32)
@@ -17,14 +17,6 @@ BATCHES = [jax.tree.map(lambda x, s=s: x[s], EXAMPLES) for s in (slice(0, 20), s
 
 
 loss_of_all = jax.jit(lambda params: mlp_loss(params, EXAMPLES))
-
-
-class CountedPasses(list):
-    passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        return super().__iter__()
 
 
 def test_line_on_a_quartic_in_closed_form():

@@ -8,25 +8,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_sam
-from tests.helpers.problems import mlp_batch, mlp_loss, mlp_params
+from tests.helpers.problems import CountedPasses, mlp_batch, mlp_loss, mlp_params
 
 BATCH = mlp_batch(size=24)
 BATCHES = [jax.tree.map(lambda x: x[:16], BATCH), jax.tree.map(lambda x: x[16:], BATCH)]
 
 
-class Counted:
-    """Batches that count how often they were gone through: once for each product."""
-
-    def __init__(self, batches):
-        self.batches, self.passes = batches, 0
-
-    def __iter__(self):
-        self.passes += 1
-        return iter(self.batches)
-
-
 def test_follows_a_training_with_four_products_each_time():
-    params, found, counted, errors = mlp_params(), None, Counted(BATCHES), []
+    params, found, counted, errors = mlp_params(), None, CountedPasses(BATCHES), []
     optimizer = optax.sgd(0.05, 0.9)
     state = optimizer.init(params)
     for call in range(12):
