@@ -5,7 +5,7 @@ often found to take the largest eigenvalue there. Under SAM the edge is lower.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,12 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_sam._checks import check_alike, check_nonnegative
+from optax_sam._checks import check_nonnegative
 from optax_sam.sharpness.hessian import hessian_of
 from optax_sam.sharpness.lanczos import NOT_FINITE_MESSAGE, inner_product, normalized
-from optax_sam.sharpness.streaming import LossFn, as_real, loss_of_sum, means_over
+from optax_sam.sharpness.streaming import (
+    LossFn,
+    as_change,
+    as_real,
+    checked_loss,
+    loss_of_sum,
+    means_over,
+    once_per_loss,
+)
 
 LONGEST_STEP = 2.0**60
+FINEST = 1e-12  # relative accuracy: short of that of float64, where bisection would not end
 
 
 def sam_edge(
@@ -92,10 +101,9 @@ def directional_sharpness(loss_fn: LossFn, params: Any, direction: Any, batches:
         >>> directional_sharpness(loss_fn, jnp.ones(3), jnp.array([1.0, 0.0, 1.0]), batches=[jnp.ones(4)])
         5.5
     """
-    params, direction = as_real("params", params), as_real("direction", direction)
-    check_alike("direction", direction, "params", params)
-    unit, length = normalized(direction)
-    if not length > 0:
+    params = as_real("params", params)
+    unit, length = normalized(as_change("direction", direction, params))
+    if not 0 < length < math.inf:
         raise ValueError(f"direction has length {length}. Pass one that is finite and not zero.")
     curvature = float(inner_product(unit, hessian_of(loss_fn, params, batches)(unit)))
     if not math.isfinite(curvature):
@@ -106,14 +114,14 @@ def directional_sharpness(loss_fn: LossFn, params: Any, direction: Any, batches:
 def critical_sharpness(
     loss_fn: LossFn, params: Any, updates: Any, batches: Iterable[Any], *, rtol: float = 0.01
 ) -> float:
-    r"""2/η of the shortest step along an update that raises the loss: forward passes only.
+    r"""2/η of the shortest step along an update that raises the loss: one gradient, and forward passes.
 
     .. math::
         \lambda_c = 2 / \eta_c, \qquad \eta_c = \min \{ \eta > 0 : L(w + \eta u) > L(w) \}
 
     Along u = −g of a quadratic loss it is gᵀHg/‖g‖². With Adam's updates it is a curvature in Adam's own units, to be
     compared with 2/η as the largest eigenvalue is for gradient descent. The step is found by doubling or halving and
-    then bisection, about 10 to 20 passes over the batches: where the loss rises, falls and rises again, it is one of
+    then bisection, about 10 to 20 passes over the batches: where the loss falls, rises and falls again, it is one of
     the crossings.
 
     Args:
@@ -125,12 +133,12 @@ def critical_sharpness(
         rtol: relative accuracy, > 0.
 
     Returns:
-        λ_c: 0 where no step raises the loss, ∞ where every step that changes it does.
+        λ_c: 0 where no step of up to 2⁶⁰ raises the loss, ∞ where all do that change it, or the shortest.
 
     Raises:
         TypeError: params or updates that are not all real floating-point arrays.
-        ValueError: updates that are not like params; an iterator, or a single batch, as batches; rtol ≤ 0; a loss at
-            params that is not finite.
+        ValueError: updates that are not like params; an iterator, or a single batch, as batches; rtol ≤ 0; a loss or
+            updates that are not finite.
 
     Example:
         >>> scales = jnp.array([1.0, 2.0, 10.0])
@@ -144,17 +152,19 @@ def critical_sharpness(
         Kalra et al., `A Scalable Measure of Loss Landscape Curvature for Analyzing the Training Dynamics of LLMs
         <https://arxiv.org/abs/2601.16979>`_, 2026
     """
-    params, updates = as_real("params", params), as_real("updates", updates)
-    check_alike("updates", updates, "params", params)
+    params = as_real("params", params)
+    trees = params, as_change("updates", updates, params)
     check_nonnegative("rtol", rtol, zero=False)
     loss = loss_of_sum(loss_fn)
 
     def loss_after(step: float) -> float:
-        return float(means_over(batches, [(1.0, step)], lambda c, batch: loss(c, (params, updates), batch), False)[0])
+        return float(means_over(batches, [(1.0, step)], lambda c, batch: loss(c, trees, batch), False)[0])
 
-    here = loss_after(0.0)
-    if not math.isfinite(here):
-        raise ValueError(f"The loss at params is {here}. Pass params where it is finite.")
+    here, slope = loss_after(0.0), float(means_over(batches, [trees], _slope(loss_fn), False)[0])
+    if not math.isfinite(here + slope):
+        raise ValueError(f"The loss at params is {here}, its slope along updates {slope}. Pass what is finite.")
+    if slope > 0:  # which rounding of the losses may hide
+        return math.inf
     step = 1.0
     if loss_after(step) <= here:
         while loss_after(2 * step) <= here:
@@ -164,11 +174,24 @@ def critical_sharpness(
     else:
         while (after := loss_after(step / 2)) > here or math.isnan(after):
             step /= 2
+            if step < 1 / LONGEST_STEP:
+                return math.inf
         step /= 2
         if after == here:  # what rounds to the same at a shorter step never fell
             return math.inf
     short, long = step, 2 * step
-    while long / short > 1 + rtol:
+    while long / short > 1 + max(rtol, FINEST):
         middle = math.sqrt(short * long)
         short, long = (middle, long) if loss_after(middle) <= here else (short, middle)
     return 2 / math.sqrt(short * long)
+
+
+@once_per_loss
+def _slope(loss_fn: LossFn) -> Callable[..., jax.Array]:
+    """``((params, updates), batch)`` → the derivative of the loss along updates, compiled once for a loss function."""
+
+    def slope(trees, batch):
+        gradient = jax.grad(lambda w: checked_loss(loss_fn(w, batch)))(trees[0])
+        return inner_product(gradient, trees[1])
+
+    return jax.jit(slope)

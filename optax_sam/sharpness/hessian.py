@@ -101,8 +101,8 @@ def hessian_eigenvalues(
         k: how many of the largest, ≥ 1.
         num_smallest: how many of the smallest, ≥ 0.
         scale: tree like params, or a prefix of it, of arrays, numbers or booleans that broadcast to them: of D·H·D,
-            D = diag(scale), instead. A mask: the block of some leaves, such as a layer, and zeros. |w| + eta: a
-            sharpness that rescaling of the weights does not change (Kwon et al. 2021).
+            D = diag(scale), instead, on the params whose scale is not zero. A mask: the block of some leaves, such as
+            a layer. |w| + eta: a sharpness that rescaling of the weights does not change (Kwon et al. 2021).
         rtol: stops once every residual is ≤ ``rtol · max(|value|, 0.01 · largest |value|)``, the largest at both ends
             of the spectrum, returned or not.
         max_products: stops with a warning after so many products H·v.
@@ -131,13 +131,13 @@ def hessian_eigenvalues(
     scale = as_scale(scale, params)
     check_int("k", k)
     check_int("num_smallest", num_smallest, least=0)
-    size, wanted = dimension(params), k + num_smallest
+    size, wanted = dimension(params, scale), k + num_smallest
     if wanted > min(size, max_products):
         raise ValueError(f"k + num_smallest = {wanted} is more than there are, of {size} params and {max_products=}.")
     most = min(max_products, size)
     fewest = min(max(FEWEST_PRODUCTS, wanted), most)
     start = scaled(random_vectors(jax.random.normal, params)(jax.random.key(0)), scale)
-    steps = projections(hessian_of(loss_fn, params, batches, scale), start, most)
+    steps = projections(hessian_of(loss_fn, params, batches, scale), start, most, scale)
     found = Eigenvalues(np.array([]), np.array([]), 0, False)
     for projection in shown(steps, progress, most, "Hessian · vector"):
         number = len(projection.matrix)
@@ -185,7 +185,7 @@ def hessian_trace(
 
     Raises:
         TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: an iterator, or a single batch, as batches; a Hessian that is not finite.
+        ValueError: num_probes < 2; an iterator, or a single batch, as batches; a Hessian that is not finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])
@@ -199,6 +199,7 @@ def hessian_trace(
     """
     params = as_real("params", params)
     scale = as_scale(scale, params)
+    check_int("num_probes", num_probes, least=2)
     hessian = hessian_of(loss_fn, params, batches, scale)
     draw = random_vectors(jax.random.rademacher, params)
     samples = []
@@ -238,7 +239,8 @@ def spectral_density(
 
     Raises:
         TypeError: a number or a key of the wrong type, or params that are not all real floating-point arrays.
-        ValueError: an iterator, or a single batch, as batches; a Hessian that is not finite.
+        ValueError: num_probes or num_products < 1; an iterator, or a single batch, as batches; a Hessian that is not
+            finite.
 
     Example:
         >>> scales = jnp.array([1.0, -2.0, 10.0])
@@ -253,6 +255,8 @@ def spectral_density(
     """
     params = as_real("params", params)
     scale = as_scale(scale, params)
+    for name, number in (("num_probes", num_probes), ("num_products", num_products)):
+        check_int(name, number)
     num_products = min(num_products, dimension(params))
     hessian = hessian_of(loss_fn, params, batches, scale)
     draw = random_vectors(jax.random.normal, params)
@@ -292,6 +296,8 @@ def _hessian_product(loss_fn: LossFn) -> Callable[..., Any]:
     return jax.jit(add_product, donate_argnums=0)
 
 
-def dimension(params: Any) -> int:
-    """How many numbers params are."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def dimension(params: Any, scale: Any = None) -> int:
+    """How many numbers params are, or those of them whose scale is not zero."""
+    if scale is None:
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(scale))

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from optax_sam._norms import at_length, norm
+from optax_sam.sharpness.streaming import scaled
 
 BLOCK = 16  # vectors of the basis that are allocated at once
 NOT_FINITE_MESSAGE = "The Hessian is not finite at these params: a product with it holds nan or inf."
@@ -57,7 +58,9 @@ class Projection(NamedTuple):
         return functools.reduce(optax.tree.add, parts)
 
 
-def projections(product: Callable[[Any], Any], start: Any, num_products: int) -> Iterator[Projection]:
+def projections(
+    product: Callable[[Any], Any], start: Any, num_products: int, scale: Any = None
+) -> Iterator[Projection]:
     """The operator in the basis of 1, 2, … ``num_products`` vectors, by Lanczos with full reorthogonalization.
 
     Where a product leaves nothing outside the basis, which then holds all that ``start`` has to do with, the basis goes
@@ -67,6 +70,7 @@ def projections(product: Callable[[Any], Any], start: Any, num_products: int) ->
         product: from a tree like ``start`` to its product with the operator.
         start: tree of float arrays, not zero; its length does not matter.
         num_products: at most the dimension.
+        scale: tree like ``start``, of which random directions are multiples; None: of ones.
 
     Raises:
         ValueError: a product is not finite.
@@ -93,7 +97,8 @@ def projections(product: Callable[[Any], Any], start: Any, num_products: int) ->
         yield Projection(matrix[: index + 1, : index + 1].copy(), remainder, blocks)
         if remainder <= 10 * eps * np.max(np.abs(matrix)):
             matrix[index + 1, index] = 0
-            fresh, _ = normalized(random_vectors(jax.random.normal, home)(jax.random.fold_in(jax.random.key(1), index)))
+            fresh = random_vectors(jax.random.normal, home)(jax.random.fold_in(jax.random.key(1), index))
+            fresh, _ = normalized(scaled(fresh, scale))
             vector, _ = normalized(_orthogonalized(blocks, fresh)[0])
 
 

@@ -42,6 +42,10 @@ def gauss_newton(outputs_fn: Callable[[Any, Any], Any], loss_of_outputs: Callabl
         point = jax.lax.stop_gradient(params)
         step = optax.tree.sub(params, point)  # zero, but not for derivatives
         outputs, change = jax.jvp(lambda w: outputs_fn(w, batch), (point,), (step,))
-        return loss_of_outputs(optax.tree.add(outputs, change), batch)
+        return loss_of_outputs(jax.tree.map(_changed, outputs, change), batch)
 
     return loss_fn
+
+
+def _changed(output: jax.Array, change: jax.Array) -> jax.Array:
+    return output if change.dtype == jax.dtypes.float0 else output + change  # of integers

@@ -1,9 +1,9 @@
 r"""Streaming: what the instruments share, losses over batches that are in memory one at a time.
 
 An instrument takes a loss function ``loss_fn(params, batch)`` that returns the mean over the examples of the batch, and
-``batches``, a re-iterable collection that yields the same batches on every pass: a list of batches, of indices of what
-the loss reads, or an object that loads them. The loss L(w) is the mean over all examples; a batch weighs as much as its
-arrays are long, padding included.
+``batches``, a re-iterable collection that yields the same batches on every pass: a list of batches, of arrays of
+indices into what the loss reads, or an object that loads them. The loss L(w) is the mean over all examples; a batch
+weighs as much as its arrays are long, padding included.
 
 ``loss_fn`` is compiled at the first call and the program kept while the function lives; of a bound method, while its
 owner lives. Values captured by closure, or read from the owner, are frozen at the first call; pass anything that
@@ -12,7 +12,7 @@ changes through params or batch. The loss is a scalar of float32 or wider. Narro
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_sam._checks import check_params, is_real
+from optax_sam._checks import check_alike, check_loss, check_params, is_real
 from optax_sam._means import leading_size
 from optax_sam._norms import widen
 
@@ -42,7 +42,16 @@ class Estimate(NamedTuple):
 def as_real(name: str, params: Any) -> Any:
     """The tree as arrays of float32 or wider."""
     check_params(name, params, np.floating)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"{name} must hold arrays; got {params!r}. Pass what the loss is differentiated by.")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, widen(leaf).dtype), params)
+
+
+def as_change(name: str, tree: Any, params: Any) -> Any:
+    """A tree like params, such as a direction, in the types of these."""
+    check_params(name, tree, np.floating)
+    check_alike(name, tree, "params", params)
+    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), tree, params)
 
 
 def as_scale(scale: Any, params: Any) -> Any:
@@ -56,7 +65,7 @@ def as_scale(scale: Any, params: Any) -> Any:
                 f"scale must have the shapes of params, or broadcast to them; got {jnp.shape(factor)} for {leaf.shape} "
                 f"at {jax.tree_util.keystr(path) or 'the only leaf'}."
             )
-        return jnp.asarray(factor, leaf.dtype)
+        return jnp.broadcast_to(jnp.asarray(factor, leaf.dtype), leaf.shape)
 
     return jax.tree.map_with_path(factor_of, params, jax.tree.broadcast(scale, params))
 
@@ -68,14 +77,18 @@ def scaled(vector: Any, scale: Any) -> Any:
 
 def sized(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Each batch after the number of its examples; a batch without arrays counts as one example."""
-    is_empty = isinstance(batches, Sized) and not isinstance(batches, jax.Array | np.ndarray) and not len(batches)
-    if is_empty or isinstance(batches, Iterator) or not isinstance(batches, Iterable) or _is_one_batch(batches):
-        raise ValueError(
-            f"batches must be a list of batches, not empty, or another collection to be gone through again; got a "
-            f"{type(batches).__name__}. A single batch goes into a list, [batch]; a stack becomes one, list(stack)."
-        )
+    wrong = ValueError(
+        f"batches must be a list of batches, not empty, or another collection to be gone through again; got a "
+        f"{type(batches).__name__}. A single batch goes into a list, [batch]; a stack becomes one, list(stack)."
+    )
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable) or _is_one_batch(batches):
+        raise wrong
+    is_empty = True
     for batch in batches:
+        is_empty = False
         yield leading_size(batch=batch) or 1, batch
+    if is_empty:  # or all of it was taken in a pass before
+        raise wrong
 
 
 def _is_one_batch(batches: Any) -> bool:
@@ -149,6 +162,7 @@ def loss_of_sum(loss_fn: LossFn) -> Callable[..., jax.Array]:
 
 def checked_loss(loss: Any) -> jax.Array:
     """The loss, refused where it is no scalar, or so narrow that differences would be rounding."""
+    check_loss("loss_fn(params, batch)", loss)
     dtype = jnp.result_type(loss)
     if jnp.finfo(dtype).bits < 32:
         raise TypeError(f"loss_fn must return float32 or wider; got {dtype}. Cast the logits before the loss.")

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_sam._checks import check_alike, check_int
+from optax_sam._checks import check_int
 from optax_sam.sharpness.hessian import FEWEST_PRODUCTS, dimension, hessian_of
 from optax_sam.sharpness.lanczos import normalized, projections, random_vectors
-from optax_sam.sharpness.streaming import LossFn, as_real, as_scale, scaled
+from optax_sam.sharpness.streaming import LossFn, as_change, as_real, as_scale, scaled
 
 FRESH = 0.01  # of the start is random: an eigenvector that has become the first is found even if orthogonal to the last
 
@@ -50,7 +50,7 @@ def track_eigenvalue(
         params: tree of float arrays.
         batches: list of batches that make up L, or another re-iterable collection; the same, or as many, each time.
         previous: what the call before returned; None: begin at a random vector.
-        num_products: products H·v of each call but the first, ≥ 1.
+        num_products: products H·v of each call but the first, ≥ 2: one alone would not improve the eigenvector.
         scale: tree like params: of D·H·D, D = diag(scale), instead; see :func:`optax_sam.hessian_eigenvalues`.
 
     Returns:
@@ -58,7 +58,7 @@ def track_eigenvalue(
 
     Raises:
         TypeError: num_products is not an int, or params that are not all real floating-point arrays.
-        ValueError: num_products < 1; the result of other params as ``previous``; a scale of other shapes; an iterator,
+        ValueError: num_products < 2; the result of other params as ``previous``; a scale of other shapes; an iterator,
             or a single batch, as batches; a Hessian that is not finite.
 
     Example:
@@ -75,17 +75,17 @@ def track_eigenvalue(
     """
     params = as_real("params", params)
     scale = as_scale(scale, params)
-    check_int("num_products", num_products)
+    check_int("num_products", num_products, least=2)
     count = 0 if previous is None else previous.num_updates
-    fresh, _ = normalized(random_vectors(jax.random.normal, params)(jax.random.fold_in(jax.random.key(0), count)))
+    fresh = random_vectors(jax.random.normal, params)(jax.random.fold_in(jax.random.key(0), count))
+    fresh, _ = normalized(scaled(fresh, scale))
     if previous is None:
         num_products = max(num_products, FEWEST_PRODUCTS)
         start = fresh
     else:
-        check_alike("previous.vector", previous.vector, "params", params)
-        start = optax.tree.add_scale(previous.vector, FRESH, fresh)
+        start = optax.tree.add_scale(as_change("previous.vector", previous.vector, params), FRESH, fresh)
     product = hessian_of(loss_fn, params, batches, scale)
-    *_, projection = projections(product, scaled(start, scale), min(num_products, dimension(params)))
+    *_, projection = projections(product, start, min(num_products, dimension(params, scale)), scale)
     values, vectors, residuals = projection.eigenpairs()
     vector, _ = normalized(projection.combined(vectors[:, -1]))
     return TrackedEigenvalue(float(values[-1]), float(residuals[-1]), vector, count + 1)

@@ -110,10 +110,54 @@ def test_steps_that_only_lower_or_only_raise_the_loss():
         optax_sam.critical_sharpness(wall, 2 * POINT, -jnp.ones(3), ONE)
 
 
+@pytest.mark.parametrize("length", [1e-8, 1.0])
+def test_steps_up_the_gradient_all_raise_the_loss_however_it_rounds(length):
+    for seed in range(6):
+        batch = mlp_batch(size=12)
+        params = jax.tree.map(lambda w, seed=seed: w + 0.1 * seed, mlp_params())
+        ascent = optax.tree.scale(length, jax.grad(mlp_loss)(params, batch))
+        batches = [jax.tree.map(lambda x: x[:7], batch), jax.tree.map(lambda x: x[7:], batch)]
+        assert optax_sam.critical_sharpness(mlp_loss, params, ascent, batches) == np.inf
+
+
+def test_bisection_ends_at_any_tolerance():
+    fine, finest = (optax_sam.critical_sharpness(quadratic, POINT, -SCALES * POINT, ONE, rtol=r) for r in (1e-6, 1e-17))
+    assert finest == pytest.approx(fine, rel=1e-5)
+
+
+def test_batches_that_are_gone_after_a_pass_are_refused():
+    class Spent:
+        def __init__(self):
+            self.batches = iter(ONE)
+
+        def __iter__(self):
+            return self.batches
+
+    for measure in (optax_sam.critical_sharpness, optax_sam.directional_sharpness):
+        spent = Spent()
+        list(spent)
+        with pytest.raises(ValueError, match="batches must be a list of batches, not empty"):
+            measure(quadratic, POINT, -POINT, spent)
+    with pytest.raises(ValueError, match="batches must be a list of batches, not empty"):
+        optax_sam.critical_sharpness(quadratic, POINT, -POINT, Spent())
+
+
+def test_arguments_that_are_not_finite_or_of_another_precision():
+    with pytest.raises(ValueError, match="its slope along updates nan"):
+        optax_sam.critical_sharpness(quadratic, POINT, jnp.full(3, jnp.inf), ONE)
+    with pytest.raises(ValueError, match="direction has length inf"):
+        optax_sam.directional_sharpness(quadratic, POINT, jnp.full(3, jnp.inf), ONE)
+    with jax.enable_x64():
+        wide = np.asarray(POINT, np.float64)
+        assert optax_sam.directional_sharpness(quadratic, POINT, wide, ONE) == pytest.approx(
+            optax_sam.directional_sharpness(quadratic, POINT, POINT, ONE), rel=1e-6
+        )
+
+
 def test_critical_sharpness_takes_few_passes():
     batches = CountedPasses(ONE)
     optax_sam.critical_sharpness(quadratic, POINT, -SCALES * POINT, batches)
-    assert batches.passes <= 15
+    assert batches.passes <= 16  # one of them a gradient
 
 
 def test_params_and_directions_may_be_sharded():

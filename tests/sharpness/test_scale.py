@@ -38,7 +38,8 @@ every_scale = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def dense(scale):
     full = jax.tree.map(lambda factor, w: np.broadcast_to(factor, w.shape).astype(np.float32), scale, PARAMS)
     diagonal = np.asarray(ravel_pytree(full)[0], np.float64)
-    return diagonal[:, None] * HESSIAN * diagonal
+    kept = np.flatnonzero(diagonal)
+    return (diagonal[:, None] * HESSIAN * diagonal)[np.ix_(kept, kept)]
 
 
 @every_scale
@@ -56,6 +57,17 @@ def test_blocks_of_the_layers_are_those_of_the_hessian():
     for name, part in (("hidden", slice(0, 16)), ("output", slice(16, 20))):
         found = optax_sam.hessian_eigenvalues(mlp_loss, PARAMS, BATCHES, scale=layer(name), rtol=1e-4)
         assert found.values[0] == pytest.approx(np.linalg.eigvalsh(HESSIAN[part, part])[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_the_largest_of_a_block_is_not_a_zero_of_what_is_left_out(size):
+    scale = jnp.arange(40) < size
+    loss_fn = lambda w, x: -jnp.mean(x) * jnp.sum(jnp.arange(1.0, 41) * w**2) / 2  # noqa: E731
+    found = optax_sam.hessian_eigenvalues(loss_fn, jnp.ones(40), [jnp.ones(1)], scale=scale, num_smallest=1, rtol=1e-5)
+    np.testing.assert_allclose(found.values, [-1, -size], rtol=1e-4)
+    repeated = lambda w, x: -jnp.mean(x) * jnp.sum(w**2) / 2  # noqa: E731
+    found = optax_sam.hessian_eigenvalues(repeated, jnp.ones(40), [jnp.ones(1)], scale=scale, k=3, rtol=1e-5)
+    np.testing.assert_allclose(found.values, [-1, -1, -1], rtol=1e-5)
 
 
 def relu_loss(params, batch):
@@ -132,6 +144,16 @@ def test_gauss_newton_against_jacobians_and_matfree():
     assert found.values[0] == pytest.approx(np.linalg.eigvalsh(small)[-1], rel=1e-3)
     trace = optax_sam.hessian_trace(loss_fn, PARAMS, BATCHES, num_probes=200)
     assert abs(trace.mean - values.sum()) < 4 * trace.standard_error
+
+
+def test_outputs_that_are_integers_stay_as_they_are():
+    with_labels = lambda params, batch: (outputs(params, batch), jnp.argmax(outputs(params, batch), axis=1))  # noqa: E731
+    loss_fn = optax_sam.gauss_newton(with_labels, lambda both, batch: cross_entropy(both[0], batch) * (both[1][0] + 1))
+    plain = optax_sam.gauss_newton(outputs, cross_entropy)
+    factor = float(loss_fn(PARAMS, BATCH) / plain(PARAMS, BATCH))
+    assert factor in (1, 2)
+    curvatures = [optax_sam.directional_sharpness(loss, PARAMS, PARAMS, BATCHES[:1]) for loss in (loss_fn, plain)]
+    assert curvatures[0] == pytest.approx(factor * curvatures[1], rel=1e-5)
 
 
 @pytest.mark.heavy

@@ -72,6 +72,21 @@ def test_of_a_layer_and_of_few_params():
     assert (one.value, one.residual) == (3, 0)
 
 
+@pytest.mark.parametrize("name", ["signs", "weights"])
+def test_stays_at_the_eigenvalue_in_other_units(name):
+    """What was found is an eigenvector of D·H·D already: scaled once more it would point elsewhere."""
+    size = 40
+    factors = jax.random.normal(jax.random.key(1), (size, size)) / size**0.5
+    scale = jax.random.normal(jax.random.key(2), (size,))
+    scale = jnp.sign(scale) if name == "signs" else jnp.abs(scale) + 0.01
+    loss_fn = lambda w, x: jnp.mean(x) * jnp.sum((factors @ w) ** 2) / 2  # noqa: E731
+    exact = np.linalg.eigvalsh(np.outer(scale, scale) * np.asarray(factors.T @ factors, np.float64))[-1]
+    found = None
+    for call in range(12):
+        found = optax_sam.track_eigenvalue(loss_fn, jnp.ones(size), [jnp.ones(1)], found, scale=scale)
+        assert found.value == pytest.approx(exact, rel=0.2 if call < 4 else 1e-3)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_vector_is_sharded_as_params_are(kind):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,), devices=jax.devices()[:2])
@@ -89,5 +104,7 @@ def test_vector_is_sharded_as_params_are(kind):
 def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="num_products must be an int"):
         optax_sam.track_eigenvalue(mlp_loss, mlp_params(), BATCHES, num_products=2.0)
+    with pytest.raises(ValueError, match="num_products must be at least 2"):
+        optax_sam.track_eigenvalue(mlp_loss, mlp_params(), BATCHES, num_products=1)
     with pytest.raises(ValueError, match="The Hessian is not finite"):
         optax_sam.track_eigenvalue(lambda w, x: jnp.mean(x) * jnp.sqrt(w), jnp.float32(0), [jnp.ones(1)])
