@@ -13,7 +13,7 @@ from jax.extend.core import Jaxpr
 from jax.extend.core.primitives import axis_index_p
 
 from optax_sam._checks import spread_mask
-from optax_sam._jaxpr import equations
+from optax_sam._jaxpr import equations, varying_axes_of
 
 AxisNames = str | Sequence[str]
 Axes = tuple[str, ...]
@@ -44,7 +44,7 @@ def is_mapped(axis: str) -> bool:
 
 def varying_axes(*trees: Any) -> frozenset[str]:
     """The mapped axes over which ``shard_map`` knows a leaf of the trees to vary; empty where it does not check."""
-    return frozenset[str]().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(trees)))
+    return frozenset[str]().union(*(varying_axes_of(jax.typeof(leaf)) for leaf in jax.tree.leaves(trees)))
 
 
 def is_checked(axes: Sequence[str]) -> bool:

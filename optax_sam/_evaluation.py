@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import get_opaque_trace_state
 
 from optax_sam._axes import check_same_members
 from optax_sam._checks import check_loss
+from optax_sam._jaxpr import trace_state
 
 
 def conjugated(gradient: Any) -> Any:
@@ -90,12 +90,12 @@ class Recorder:
     """
 
     def __init__(self, evaluate: Callable[..., tuple[Any, Any, Any]]):
-        self._evaluate, self._trace = evaluate, get_opaque_trace_state()
+        self._evaluate, self._trace = evaluate, trace_state()
         self.last: tuple[Any, Any, Any] | None = None
 
     def value_and_grad_fn(self, point: Any, *batch: Any) -> tuple[Any, Any]:
         """Loss and gradient at a point."""
-        if get_opaque_trace_state() != self._trace:  # a tracer of the branch would leak out of it
+        if trace_state() != self._trace:  # a tracer of the branch would leak out of it
             raise ValueError(
                 "measured(link), one_gradient(link): link evaluates a gradient in a branch, a loop or a map, which no "
                 "loss can leave. Go inside, as in `micro_batched(measured(sam(rho)))`, and of a chain around the "

@@ -1,9 +1,17 @@
-"""Jaxprs: walking through a traced program, and evaluating it by other rules."""
+"""Jaxprs: walking through a traced program, and evaluating it by other rules.
 
-from collections.abc import Callable, Iterator, Sequence
+What has another name in JAX 0.9 is looked up here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, jaxprs_in_params, subjaxprs
+import jax.core
+import jax.extend.core
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive
+
+_core: Any = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
+trace_state: Callable[[], Any] = _core.get_opaque_trace_state
 
 
 def equations(jaxpr: Jaxpr, *primitives: Primitive) -> Iterator[JaxprEqn]:
@@ -11,14 +19,27 @@ def equations(jaxpr: Jaxpr, *primitives: Primitive) -> Iterator[JaxprEqn]:
     for eqn in jaxpr.eqns:
         if not primitives or eqn.primitive in primitives:
             yield eqn
-    for inner in subjaxprs(jaxpr):
-        yield from equations(inner, *primitives)
+        for inner in programs_in(eqn.params):
+            yield from equations(inner, *primitives)
 
 
 def inner_equations(eqn: JaxprEqn) -> Iterator[JaxprEqn]:
     """The equations of the programs in an equation."""
-    for program in jaxprs_in_params(eqn.params):
+    for program in programs_in(eqn.params):
         yield from equations(program)
+
+
+def programs_in(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    """The programs among the parameters of an equation, in tuples too."""
+    for value in params.values():
+        for program in value if isinstance(value, tuple) else (value,):
+            if isinstance(program, Jaxpr | ClosedJaxpr):
+                yield program.jaxpr if isinstance(program, ClosedJaxpr) else program
+
+
+def varying_axes_of(aval: Any) -> frozenset[str]:
+    """The mapped axes over which an array of this type varies, where that is tracked."""
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
 def type_of(variable: Any) -> Any:
@@ -43,6 +64,8 @@ def evaluate(
 
 def bind(eqn: JaxprEqn, *inputs: Any) -> list[Any]:
     """The outputs of an equation as it is."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ([], params)  # a tuple in JAX 0.9.0
     with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+        outputs = eqn.primitive.bind(*functions, *inputs, **params)
     return outputs if eqn.primitive.multiple_results else [outputs]

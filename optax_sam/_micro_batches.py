@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr
 from optax_sam._axes import vary, varying_axes
 from optax_sam._checks import is_float
 from optax_sam._convolution import canonicalized
+from optax_sam._jaxpr import varying_axes_of
 from optax_sam._lazy import lazy_mean
 from optax_sam._means import mean_of_stack, shares_of, weighted
 from optax_sam._mesh import split_leading
@@ -181,5 +182,5 @@ def _at_a_time(length: int, results: list[Any]) -> int:
 def _zeros(aval: Any, axes_of_shares: frozenset[str]) -> jax.Array:
     """Zeros of the type of a traced array; of floats, that of their products with a share in float32 or wider."""
     dtype = jnp.float32 if is_float(aval) and jnp.finfo(aval.dtype).bits < 32 else aval.dtype
-    varying = aval.mat.varying | (axes_of_shares if is_float(aval) else frozenset())
+    varying = varying_axes_of(aval) | (axes_of_shares if is_float(aval) else frozenset())
     return vary(jax.lax.full(aval.shape, 0, dtype, sharding=aval.sharding), varying)

@@ -4,12 +4,13 @@ A model draws another dropout mask and moves its BatchNorm statistics in each pa
 copy of the model as it was before the step, so that all draw the same masks, and the model gets the statistics and
 counters of the clean pass alone, once.
 
-Imported by name, ``import optax_sam.nnx``, which needs ``flax``.
+Imported by name, ``import optax_sam.nnx``, which needs ``flax`` 0.12.7 or newer.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,6 +22,9 @@ from optax_sam._checks import is_float
 from optax_sam._estimate import AscentPer, loss_and_aux
 from optax_sam._micro_batches import Strategy
 from optax_sam.estimator import GradientEstimator
+
+if not hasattr(nnx, "as_pure"):
+    raise ImportError(f"optax_sam.nnx needs Flax 0.12.7, which needs JAX 0.10; this is Flax {flax.__version__}.")
 
 
 class Options(TypedDict, total=False):

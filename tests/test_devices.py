@@ -20,6 +20,7 @@ from tests.helpers.places import (
     PARAMS,
     PLACES,
     RHO,
+    SINCE_JAX_0_10_2,
     every_map,
     on_mesh,
     own,
@@ -165,6 +166,7 @@ def test_micro_batches_that_are_spread_over_an_explicit_mesh_equal_one_device():
     assert_equals_one_device(PLACES["jit explicit"], estimator_form, SETTINGS[1:2], None)
 
 
+@SINCE_JAX_0_10_2
 def test_chain_on_an_explicit_mesh_equals_one_device():
     assert_equals_one_device(PLACES["jit explicit"], chain_form, SETTINGS_OF_A_CHAIN, None)
 

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import optax_sam
-import optax_sam.nnx
 from tests.helpers.problems import assert_close, assert_identical
+
+pytest.importorskip("optax_sam.nnx", reason="Flax is too old", exc_type=ImportError)
 
 BATCH = {"x": jax.random.normal(jax.random.key(0), (16, 3)), "y": jnp.linspace(-1, 1, 16)[:, None]}
 

@@ -12,7 +12,7 @@ import optax_sam
 from benchmarks.communication import collectives
 from tests.helpers import references
 from tests.helpers.one_device import of_each_part, on_one_device
-from tests.helpers.places import DEVICES, RHO, on_mesh, together
+from tests.helpers.places import DEVICES, RHO, SINCE_JAX_0_10_2, on_mesh, together
 from tests.helpers.problems import assert_close, training_step
 
 WIDTH = 64
@@ -340,6 +340,7 @@ def test_micro_batches_on_an_explicit_axis_with_params_sharded_by_xla_equal_one_
     assert_micro_batches_with_sharded_params_equal_one_device(AxisType.Explicit)
 
 
+@SINCE_JAX_0_10_2
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("model")], ids=["replicated", "sharded"])
 def test_stacked_micro_batches_spread_over_an_explicit_mesh_equal_one_device(spec):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from optax_sam._axes import axes_of_traffic, vary, varying_axes
-from optax_sam._jaxpr import type_of
+from optax_sam._jaxpr import type_of, varying_axes_of
 from optax_sam._lazy.grams import rarely
 from optax_sam._lazy.interpreter import Interpreter
 from optax_sam._lazy.outer import Base, Lazy, Outer, one_or
@@ -73,7 +73,7 @@ def cond(run: Interpreter, eqn: JaxprEqn, index: Value, *values: Value) -> Any:
     def formed(closed, shapes):
         outputs = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(closed)())
         with_forms = zip(outputs, forms, eqn.outvars, strict=True)
-        return [_in_form(run, x, form, type_of(variable).mat.varying) for x, form, variable in with_forms]
+        return [_in_form(run, x, form, varying_axes_of(type_of(variable))) for x, form, variable in with_forms]
 
     return jax.lax.switch(index, [functools.partial(formed, *both) for both in traced])
 

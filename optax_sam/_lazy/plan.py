@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import dot_general_p, jit_p
 
-from optax_sam._jaxpr import equations, type_of
+from optax_sam._jaxpr import equations, programs_in, type_of
 from optax_sam._lazy.gradients import gradient_of, is_weight, shapes_of_weights
 from optax_sam._lazy.grams import RARELY
 from optax_sam._lazy.interpreter import Interpreter
@@ -135,7 +135,7 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
                 type_of(eqn.invars[0]).shape[axis] for axis in contracted
             )
         elif eqn.primitive is not jit_p or eqn.params["name"] != RARELY:
-            inner = [multiply_adds(program) for program in jaxprs_in_params(eqn.params)]
+            inner = [multiply_adds(program) for program in programs_in(eqn.params)]
             turns = eqn.params.get("length", 1)
             total += turns * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
     return total
@@ -149,7 +149,7 @@ def peak_bytes(jaxpr: Jaxpr, size_of: Callable[[Var], int]) -> int:
     """
     eqns = _without_repetitions(jaxpr.eqns)
     uses = collections.Counter(variable for eqn in eqns for variable in _variables(eqn.invars))
-    inside = [max((peak_bytes(x, size_of) for x in jaxprs_in_params(eqn.params)), default=0) for eqn in eqns]
+    inside = [max((peak_bytes(x, size_of) for x in programs_in(eqn.params)), default=0) for eqn in eqns]
     is_elementwise = [eqn.primitive.name not in MATERIALIZED and not x for eqn, x in zip(eqns, inside, strict=True)]
     ends = _ends(eqns, jaxpr.outvars, is_elementwise)
     changes = [0] * (len(eqns) + 2)
@@ -172,7 +172,7 @@ def _without_repetitions(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
     """The equations but for calls of one function with the same arguments, such as norms, of which XLA makes one."""
     found = {}
     for number, eqn in enumerate(eqns):
-        is_call = any(jaxprs_in_params(eqn.params)) and not eqn.effects
+        is_call = any(programs_in(eqn.params)) and not eqn.effects
         found.setdefault((eqn.primitive, *map(id, eqn.invars)) if is_call else number, eqn)
     return list(found.values())
 
