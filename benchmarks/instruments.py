@@ -16,7 +16,7 @@ import optax
 
 import optax_sam
 from benchmarks import timing
-from examples.training import datasets, models
+from examples.training import datasets, models, style
 from optax_sam.sharpness import plots
 
 matplotlib.use("Agg")
@@ -109,15 +109,18 @@ def draw() -> Figure:
     links = {"SGD": optax.identity(), "SAM": optax_sam.sam(0.1)}
     ends = {name: train(network, batches, link, epochs=30) for name, link in links.items()}
     loss_fn = loss_of(network)
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    for axis, (name, params) in zip(axes, ends.items(), strict=False):
+    figure, axes = plt.subplot_mosaic("SSS\nLLW", figsize=(9, 7), layout="constrained", height_ratios=(2, 3))
+    for (name, params), color in zip(ends.items(), (style.PLAIN, style.SAM), strict=True):
         density = optax_sam.spectral_density(loss_fn, params, batches, num_products=60, progress=True)
-        plots.plot_spectral_density(density, axes=axis).set_title(f"spectral density, {name}", fontsize=10)
-    axes[1].set_xlim(axes[0].get_xlim())
+        positions = np.linspace(-0.1, 1.5, 800)
+        axes["S"].semilogy(positions, density.smoothed(positions, width=0.012), color=color, label=name)
+    axes["S"].set(title="density of the eigenvalues", xlabel="eigenvalue", ylim=(1e-4, None))
+    axes["S"].legend(frameon=False)
+    style.tidy(axes["S"])
     line = optax_sam.loss_along(loss_fn, ends["SAM"], ends["SGD"], batches, progress=True)
-    plots.plot_line(line, axes=axes[2]).set_title("from SAM (0) to SGD (1)", fontsize=10)
+    plots.plot_line(line, axes=axes["L"]).set_title("from SAM (0) to SGD (1)")
     surface = optax_sam.loss_surface(loss_fn, ends["SAM"], batches, progress=True)
-    plots.plot_surface(surface, axes=axes[3]).set_title("around SAM, filter-normalized", fontsize=10)
+    plots.plot_surface(surface, axes=axes["W"]).set_title("around SAM, filter-normalized")
     return figure
 
 

@@ -15,7 +15,6 @@ import itertools
 import json
 import pathlib
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +29,7 @@ import tqdm
 
 import optax_sam
 from benchmarks import networks, peers, timing
+from examples.training import style
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,7 +70,16 @@ METHODS["late mSAM, M = 8, before"] = (optax_sam.late(SAM, NEVER), {"num_micro_b
 METHODS["late mSAM, M = 8, after"] = (optax_sam.late(SAM, 1), {"num_micro_batches": 8})
 METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]
 REWRITES = jax.default_backend() == "cpu"  # convolutions in loops and branches
-COLORS = {"optax_sam": "#0072b2", "peer": "#d55e00"}
+DRAWN: tuple[str, ...] = (
+    "SAM",
+    "StableSAM",
+    "late SAM, before the switch",
+    "late SAM, after the switch",
+    "mSAM, M = 8, auto",
+    "mSAM, M = 8, vmap",
+    "optax.contrib.sam, opaque",
+    "textbook mSAM, M = 8, vmap",
+)
 
 
 def make_step(task: networks.Task, link: Any, optimizer: Any, **options: Any) -> tuple[Any, Callable[..., Any]]:
@@ -217,37 +226,22 @@ def summary(tables: list[dict[str, Any]]) -> str:
 
 
 def draw(tables: list[dict[str, Any]]) -> Figure:
-    """Time relative to the plain step, one panel per network."""
-    tables = [entry for entry in tables if entry["precision"] == "float32"]
-    names = list(dict.fromkeys(name for entry in tables for name in entry["rows"] if name != "plain"))
-    panels = list(dict.fromkeys(entry["network"] for entry in tables))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 + 2.6 * len(panels), 8.5), sharey=True, squeeze=False)
-    for axis, network in zip(axes[0], panels, strict=True):
-        for entry, marker in zip([e for e in tables if e["network"] == network], "os", strict=False):
-            for name, row in entry["rows"].items():
-                if name == "plain":
-                    continue
-                ours = name.startswith(("SAM", "USAM", "ASAM", "Stable", "late", "mSAM", "mStable"))
-                color = COLORS["optax_sam" if ours else "peer"]
-                axis.plot(
-                    row["ratio"], names.index(name), marker, color=color, markersize=6, alpha=0.75, linestyle="none"
-                )
-        for cost in (1, 2):
-            axis.axvline(cost, color="0.6", linewidth=1, zorder=0)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axis.set_title(textwrap.fill(network, 24), fontsize=11)
-        axis.set_xlabel("time / plain step")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
-    used = list(dict.fromkeys(entry["optimizer"] for entry in tables))
-    marks = " and ".join(
-        f"{optimizer} ({shape})" for optimizer, shape in zip(used, ("circles", "squares"), strict=False)
-    )
-    figure.suptitle(f"blue: optax_sam, orange: others; {marks}", fontsize=10)
-    figure.tight_layout()
+    """Time relative to the plain step of eight programs, a mark for each network; SGD, float32."""
+    chosen = {entry["network"]: entry["rows"] for entry in tables if entry["precision"] == "float32"}
+    chosen |= {entry["network"]: entry["rows"] for entry in tables if entry["optimizer"] == "sgd"}
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    colors = style.SAM, style.MSAM, style.STABLE, style.LATE
+    for (network, rows), color, marker in zip(chosen.items(), colors, "os^D", strict=False):
+        shown = [name for name in DRAWN if name in rows]
+        places = [list(DRAWN).index(name) for name in shown]
+        axis.plot([rows[name]["ratio"] for name in shown], places, marker, color=color, ms=6, alpha=0.8, label=network)
+    axis.set_yticks(range(len(DRAWN)), DRAWN)
+    axis.invert_yaxis()
+    axis.set(xlabel="time of a training step / plain step", xlim=(0, None))
+    axis.axvline(1, color=style.PLAIN, lw=1, ls="--")
+    axis.axvline(2, color=style.PLAIN, lw=1, ls="--")
+    axis.legend(frameon=False, fontsize=9, loc="center right")
+    style.tidy(axis)
     return figure
 
 

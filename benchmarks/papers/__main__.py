@@ -17,18 +17,25 @@ PAPERS = {
 }
 
 
-def table() -> str:
-    """One row for each claim of the results that are there."""
-    rows = ["| paper | claim | what we measured | verdict |", "|---|---|---|---|"]
+OTHERS = "Other papers"
+
+
+def tables() -> dict[str, str]:
+    """The claims of the results that are there, a table for each paper that has a script, and one for all others."""
+    rows: dict[str, list[str]] = {paper: [] for paper in (*PAPERS.values(), OTHERS)}
     for name in [*PAPERS, STUDY]:
         path = RESULTS / f"{name}.json"
         if path.exists():
             for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]:
                 paper = claim.get("paper") or PAPERS[name]
-                columns = (paper, claim["claim"], claim["measured"], f"**{claim['verdict']}**")
-                rows.append("| " + " | ".join(column.replace("|", "\\|") for column in columns) + " |")
-    return "\n".join(rows)
+                columns = claim["claim"], claim["measured"], f"**{claim['verdict']}**"
+                if paper not in PAPERS.values():
+                    paper, columns = OTHERS, (paper, *columns)
+                rows[paper].append("| " + " | ".join(column.replace("|", "\\|") for column in columns) + " |")
+    head = "| claim | what we measured | verdict |\n|---|---|---|"
+    heads = dict.fromkeys(rows, head) | {OTHERS: head.replace("| claim", "| paper | claim") + "---|"}
+    return {paper: "\n".join([heads[paper], *found]) for paper, found in rows.items() if found}
 
 
 if __name__ == "__main__":
-    print(table())
+    print("\n\n".join(f"## {paper}\n\n{table}" for paper, table in tables().items()))

@@ -6,10 +6,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.papers.reproduction import HOLDS, UNDECIDED, Claim, joint_verdict, paired_verdict, spread, verdict
-from examples.training.report import COLORS
+from examples.training import style
+from examples.training.style import COLORS
 
 LATE, EARLY, RESTARTED = COLORS["late_sam"], COLORS["asam"], COLORS["stable_sam"]
 CLAIMED = ("late-0.9", "late-0.75", "restarted-0.75", "early-0.75")
@@ -196,37 +196,38 @@ def _claims_of_adversarial(found: dict[str, Any]) -> list[Claim]:
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """One panel per experiment."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    _draw_valley(axes[0, 0], results["valley"])
-    _draw_escape(axes[0, 1], results["escape"])
-    _draw_adversarial(axes[0, 2], results["adversarial"])
-    _draw_switches(axes[1, 0], results["network"]["methods"], "test_accuracy")
-    _draw_switches(axes[1, 1], results["network"]["methods"], "eigenvalue")
-    _draw_lines(axes[1, 2], results["network"]["lines"])
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.spines["top"].set_visible(False)
+    """What the step of the switch decides, large, and a panel for each of the smaller experiments."""
+    layout = "AAABBB\nCCDDEE\nFFGGHH"
+    heights = (1.3, 1, 1)
+    figure, axes = plt.subplot_mosaic(layout, figsize=(11, 11), layout="constrained", height_ratios=heights)
+    _draw_switches(axes["A"], results["network"]["methods"], "test_accuracy")
+    _draw_switches(axes["B"], results["network"]["methods"], "eigenvalue")
+    _draw_valley(axes["C"], axes["D"], results["valley"])
+    _draw_escape(axes["E"], results["escape"])
+    _draw_adversarial(axes["F"], results["adversarial"])
+    _draw_lines(axes["G"], axes["H"], results["network"]["lines"])
+    style.tidy(*axes.values())
     return figure
 
 
-def _draw_valley(axis: Axes, found: dict[str, Any]) -> None:
+def _draw_valley(across: Axes, along: Axes, found: dict[str, Any]) -> None:
     switch = found["switch"]
     styles = {"GD": COLORS["sgd"], "late USAM": LATE, "late SAM": COLORS["sam"]}
-    beside = axis.twinx()
     for name, color in styles.items():
         path = np.array(found["paths"][name])
         label = name if name == "GD" else f"{name.removeprefix('late ')} from step {switch} on"
-        axis.semilogy(np.abs(path[:, 1]), color=color, label=label)
-        beside.plot(path[:, 0], color=color, linestyle=":")
+        across.semilogy(np.abs(path[:, 1]), color=color, label=label)
+        along.plot(path[:, 0], color=color)
     late = np.abs(np.array(found["paths"]["late USAM"])[switch, 1])
     steps = np.arange(26)
-    axis.semilogy(switch + steps, late * found["exact_growth"] ** steps, "k--", linewidth=0.9, label="exact growth")
-    beside.axhline(found["exact_limits"]["USAM"], color="0.6", linewidth=0.9)
-    beside.set(ylabel="u (dotted); grey: USAM's limit of stability", ylim=(0, 6))
-    beside.spines["top"].set_visible(False)
-    axis.set(title="Valley ½u²v²: gradient descent, then SAM", xlabel="step", ylabel="|v|", ylim=(1e-18, 1e9))
-    axis.legend(fontsize=8, loc="upper right")
+    across.semilogy(switch + steps, late * found["exact_growth"] ** steps, "k--", linewidth=0.9, label="exact growth")
+    along.axhline(found["exact_limits"]["USAM"], color="0.6", linewidth=0.9)
+    along.annotate(
+        "USAM's limit of stability", (60, found["exact_limits"]["USAM"]), fontsize=8, ha="right", va="bottom"
+    )
+    across.set(title="Valley ½u²v²: across, |v|", xlabel="step", ylim=(1e-18, 1e9))
+    along.set(title="along, u", xlabel="step", ylim=(0, 2.5))
+    across.legend(fontsize=8, loc="upper right")
 
 
 def _draw_escape(axis: Axes, found: dict[str, Any]) -> None:
@@ -238,7 +239,7 @@ def _draw_escape(axis: Axes, found: dict[str, Any]) -> None:
         axis.fill_between(steps, curves["low"], curves["high"], color=color, alpha=0.15, linewidth=0)
     axis.axvline(0, color="k", linewidth=0.8)
     number = len(found["sam"]["rate"])
-    axis.set(title=f"Digits, {number} seeds: mean, 5 and 95 %", xlabel="steps after the switch", ylabel="training loss")
+    axis.set(title=f"Digits, {number} seeds, 5 to 95 %", xlabel="steps after the switch", ylabel="training loss")
     axis.legend(fontsize=8)
 
 
@@ -252,7 +253,7 @@ def _draw_adversarial(axis: Axes, found: dict[str, Any]) -> None:
             axis.errorbar(x, values.mean(axis=1), _deviation(values), **style)
     axis.set_xticks(range(len(found)), list(found))
     axis.set(title="Digits: training on attacked images", xlabel="epochs of a run", ylim=(0, 105))
-    axis.set_ylabel("test accuracy (%), attacked; dotted: not")
+    axis.set_ylabel("test accuracy (%), attacked; dotted: not", fontsize=8.5)
     axis.legend(fontsize=8)
 
 
@@ -286,12 +287,11 @@ def _draw_switches(axis: Axes, methods: dict[str, Any], quantity: str) -> None:
     axis.legend(fontsize=8, loc="upper center")
 
 
-def _draw_lines(axis: Axes, lines: list[dict[str, Any]]) -> None:
-    beside = axis.twinx()
+def _draw_lines(losses: Axes, curvatures: Axes, lines: list[dict[str, Any]]) -> None:
     for line in lines:
-        axis.plot(line["positions"], line["losses"], color=COLORS["sgd"], marker=".")
-        beside.plot(line["positions"], line["second_differences"], color=COLORS["sam"], linestyle="--")
-    axis.set_xticks([0, 0.5, 1], ["0: late SAM", "½", "1: SGD"])
-    axis.set(title=f"Between late SAM and SGD, {len(lines)} seeds", ylabel="training loss")
-    beside.set_ylabel("second difference (dashed)", color=COLORS["sam"])
-    beside.spines["top"].set_visible(False)
+        losses.plot(line["positions"], line["losses"], color=COLORS["sgd"], marker=".")
+        curvatures.plot(line["positions"], line["second_differences"], color=COLORS["sgd"], marker=".")
+    for axis in (losses, curvatures):
+        axis.set_xticks([0, 0.5, 1], ["late SAM", "½", "SGD"])
+    losses.set(title=f"Training loss between them, {len(lines)} seeds")
+    curvatures.set(title="its second difference", ylim=(0, None))

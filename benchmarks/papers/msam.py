@@ -18,7 +18,6 @@ import optax
 import tqdm
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 import optax_sam
 from benchmarks import timing
@@ -33,6 +32,7 @@ from benchmarks.papers.reproduction import (
     paired_verdict,
     spread,
 )
+from examples.training import style
 
 SEEDS = 3
 NUM_IMAGES, EPOCHS, BATCH_SIZE = 5_000, 16, 64
@@ -167,36 +167,36 @@ def cost_claim(times: dict[str, Any]) -> Claim:
 
 
 def figure(results: dict[str, dict[str, Any]], times: dict[str, Any]) -> Figure:
-    drawing, axes = plt.subplots(1, 5, figsize=(15, 3.8), layout="constrained", width_ratios=(7, 7, 4, 4, 7))
-    for first, kind in ((0, "images"), (2, "text")):
-        _points(axes[first], results[kind], "test_accuracy", 100)
-        axes[first].set(title=kind, ylabel="test accuracy (%)")
-        _points(axes[first + 1], results[kind], "eigenvalue", 1)
-        axes[first + 1].set(title=kind, ylabel="largest Hessian eigenvalue", yscale="log")
-        axes[first + 1].yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
-        )
+    drawing, axes = plt.subplot_mosaic("AST\nas.", figsize=(10.5, 7), layout="constrained")
+    for kind, (above, beside) in {"images": "AS", "text": "as"}.items():
+        _points(axes[above], results[kind], "test_accuracy", 100)
+        axes[above].set(title=f"{kind}: test accuracy (%)")
+        _points(axes[beside], results[kind], "eigenvalue", 1)
+        axes[beside].set(title=f"{kind}: largest Hessian eigenvalue", ylim=(0, None))
     medians = [time["milliseconds"] for time in times.values()]
-    axes[4].bar(list(times), medians, color=[_color(name) for name in times], width=0.6)
-    axes[4].set(title="images", ylabel="time of a step (ms)")
-    for axis in axes:
-        axis.tick_params(axis="x", rotation=60)
-        axis.grid(axis="y", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+    bars = axes["T"].bar(list(times), medians, color=[_color(name) for name in times], width=0.6)
+    axes["T"].bar_label(bars, fmt="%.0f", fontsize=8)
+    axes["T"].set(title="images: time of a step (ms)")
+    style.tidy(*axes.values())
+    for axis in axes.values():
+        axis.tick_params(axis="x", labelsize=7.5)
     return drawing
 
 
 def _points(axis: Axes, results: dict[str, Any], key: str, scale: float) -> None:
-    """A point for each seed, and a line at the mean."""
+    """A point for each seed, a line at the mean, and the mean."""
     for position, (name, values) in enumerate(results.items()):
         heights = scale * np.array(values[key])
         axis.plot(np.full(len(heights), position), heights, "o", markersize=4, alpha=0.6, color=_color(name))
         axis.plot([position - 0.25, position + 0.25], [heights.mean()] * 2, color=_color(name), linewidth=2)
+        place = {"xy": (position, heights.max()), "xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(f"{heights.mean():.1f}", **place, fontsize=8, color=_color(name))
     axis.set_xticks(range(len(results)), list(results))
+    axis.margins(y=0.1)
 
 
 def _color(name: str) -> str:
-    return {"SGD": "#555555", "AdamW": "#555555", "SAM": "#0072b2"}.get(name, "#d55e00")
+    return {"SGD": style.PLAIN, "AdamW": style.PLAIN, "SAM": style.SAM}.get(name, style.MSAM)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

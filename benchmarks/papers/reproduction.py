@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -14,12 +13,11 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import scipy.special
 from matplotlib.figure import Figure
 
 from benchmarks import timing
 from examples.training import checkpoints
-from examples.training.report import finite
+from examples.training.report import finite, interval
 
 matplotlib.use("Agg")
 
@@ -51,19 +49,6 @@ def paired_verdict(differences: npt.ArrayLike) -> str:
 def joint_verdict(verdicts: Sequence[str]) -> str:
     """Of a claim that says several things: one that fails decides, and so does nothing short of all that hold."""
     return FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
-
-
-def interval(values: npt.ArrayLike, num_comparisons: int = 1) -> tuple[float, float]:
-    """The 95 % t-interval of the mean; of a single value, everything.
-
-    With several comparisons, all their intervals hold at once with 95 % (Bonferroni).
-    """
-    values = np.asarray(values)
-    if len(values) < 2 or not np.all(np.isfinite(values)):
-        return -math.inf, math.inf
-    quantile = scipy.special.stdtrit(len(values) - 1, 1 - 0.025 / num_comparisons)
-    half = quantile * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def spread(values: npt.ArrayLike, digits: int = 2, scale: float = 1.0) -> str:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 import optax_sam
 from benchmarks.papers import stability_toys, training
 from benchmarks.papers.reproduction import Claim, Reproduction, joint_verdict, paired_verdict, spread
-from examples.training.report import COLORS
+from examples.training.style import COLORS
 
 NUM_IMAGES, EPOCHS, SEEDS, LEARNING_RATE = 5_000, 20, 4, 0.05
 MOMENTA, RHOS, BATCH_SIZES = (0.0, 0.9), (0.0, 0.1, 0.2, 0.5), (128, 32)

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 import optax_sam
 from benchmarks.papers.descent import descend
 from benchmarks.papers.reproduction import Claim, rounded, verdict
-from examples.training.report import COLORS
+from examples.training.style import COLORS
 
 SADDLE_START, SADDLE_RATE, SADDLE_STEPS = (-3.0, -0.01), 0.01, 500
 SADDLE_LINKS = {

@@ -31,6 +31,8 @@ from benchmarks.papers.reproduction import (
     spread,
     verdict,
 )
+from examples.training import style
+from examples.training.report import interval
 
 CURVATURES, QUADRATIC_RHO, QUADRATIC_STEPS = (10.0, 1.0), 0.1, 400
 QUADRATIC_LINKS = {
@@ -50,7 +52,7 @@ LINKS = {
     "stable_sam": optax_sam.stable_sam(RHO),
     "truncated": optax_sam.stable_sam(RHO, max_scale=1.0),
 }
-COLORS = {"sgd": "#555555", "sam": "#0072b2", "stable_sam": "#009e73", "truncated": "#e69f00"}
+COLORS = {"sgd": style.PLAIN, "sam": style.SAM, "stable_sam": style.STABLE, "truncated": style.LATE}
 TITLES = {"sgd": "SGD", "sam": "SAM", "stable_sam": "StableSAM", "truncated": "StableSAM, scale ≤ 1"}
 CHANCE = 0.1  # the accuracy of guessing
 
@@ -156,40 +158,52 @@ def range_claims(results: Results) -> list[Claim]:
 
 def figure(toy: dict[str, Any], results: Results) -> Figure:
     drawing, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    styles = {"GD": ("#555555", "-"), "USAM": ("#56b4e9", "-"), "renormalized USAM": ("#009e73", "--")}
+    styles = {"GD": (style.PLAIN, "-"), "USAM": (style.UNNORMALIZED, "-"), "renormalized USAM": (style.STABLE, "--")}
     for name, (color, line) in styles.items():
-        distances = np.clip(toy["distances"][name], 1e-16, 1e16)
+        distances = np.clip([np.inf if x is None else x for x in toy["distances"][name]], 1e-16, 1e16)
         axes[0].semilogy(toy["learning_rates"], distances, label=name, color=color, linestyle=line)
         axes[0].axvline(PREDICTED[name], color=color, linestyle=":", linewidth=1)
     axes[0].axhline(1, color="black", linewidth=0.5)
     axes[0].set(title="Quadratic, dotted: limits by the paper", xlabel="learning rate")
     axes[0].set(ylabel=f"‖w‖ / ‖w₀‖ after {QUADRATIC_STEPS} steps", ylim=(1e-16, 1e20))
-    _curves(axes[1], results, "test_accuracy", 100)
+    _curves(axes[1], results)
     axes[1].axhline(100 * CHANCE, color="black", linewidth=0.5)
     seeds = len(next(iter(results["sgd"].values()))["test_accuracy"])
-    axes[1].set(title=f"ResNet, {seeds} seeds, mean ± sd", ylabel="test accuracy (%)")
-    _curves(axes[2], results, "train_loss", 1)
-    axes[2].set(title="The same runs", ylabel="training loss")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set(title=f"ResNet, {seeds} seeds and their mean", ylabel="test accuracy (%)")
+    _differences(axes[2], results)
+    axes[2].set(title="difference to SAM, paired, 95 % intervals", ylabel="difference of test accuracy (points)")
+    style.tidy(*axes)
     axes[0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.75), handlelength=1.5)
     axes[1].legend(frameon=False)
     return drawing
 
 
-def _curves(axis: Axes, results: Results, key: str, scale: float) -> None:
-    """Mean and deviation over seeds; a cross at the lower edge where a run diverged."""
+def _rates(axis: Axes, results: Results) -> list[float]:
     rates = list(map(float, results["sgd"]))
-    for name, color in COLORS.items():
-        values = scale * np.array([results[name][str(rate)][key] for rate in rates], float)
-        style = {"label": TITLES[name], "color": color, "capsize": 2, "marker": "o"}
-        axis.errorbar(rates, values.mean(axis=1), values.std(axis=1, ddof=1), **style)
-        diverged = [rate for rate, row in zip(rates, values, strict=True) if not np.all(np.isfinite(row))]
-        axis.plot(diverged, np.zeros(len(diverged)), "x", color=color, transform=axis.get_xaxis_transform())
     axis.set(xscale="log", xlabel="learning rate")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
+    return rates
+
+
+def _curves(axis: Axes, results: Results) -> None:
+    for name, color in COLORS.items():
+        values = np.array([accuracies(results, name, rate) for rate in _rates(axis, results)])
+        axis.plot(_rates(axis, results), values.mean(axis=1), color=color, label=TITLES[name])
+        axis.plot(_rates(axis, results), values, ".", color=color, alpha=0.6)
+
+
+def _differences(axis: Axes, results: Results) -> None:
+    """Where an interval is without zero, the links differ."""
+    for shift, (name, color) in enumerate((name, color) for name, color in COLORS.items() if name != "sam"):
+        for rate in _rates(axis, results):
+            differences = accuracies(results, name, rate) - accuracies(results, "sam", rate)
+            low, high = interval(differences)
+            x = rate * 1.08 ** (shift - 1)
+            axis.plot([x, x], [low, high], color=color, lw=2, alpha=1 if low > 0 or high < 0 else 0.35)
+            axis.plot(x, np.mean(differences), "o", color=color, ms=5)
+    axis.axhline(0, color=COLORS["sam"], lw=1)
+    axis.set_ylim(-25, 25)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.papers.reproduction import FAILS, HOLDS, UNDECIDED, Claim, interval, paired_verdict
+from benchmarks.papers.reproduction import FAILS, HOLDS, UNDECIDED, Claim, paired_verdict
 from benchmarks.where_sam_pays.methods import METHODS
 from benchmarks.where_sam_pays.report import COLUMNS, NUM_MAIN, TEST, accuracies
+from examples.training.report import interval
 
 Records = Mapping[str, Mapping[str, Any]]
 AS_GOOD = 0.5  # points

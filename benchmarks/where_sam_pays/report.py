@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from benchmarks.papers.reproduction import RESULTS, interval, spread
+from benchmarks.papers.reproduction import RESULTS, spread
 from benchmarks.where_sam_pays.methods import CONTROLS, METHODS
+from examples.training.report import interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -88,7 +89,7 @@ def table(record: Mapping[str, Any]) -> str:
     """For a terminal of 110 columns."""
     lines = [
         f"{record['title']} ({record['optimizer']}, {record['num_seeds']} fresh seeds)",
-        f"{'':<34}{'gradients':>9}{'rate':>8}{'decay':>9}{'rho':>7}{'test %':>13}{'− SGD':>7} {'95 %':<17} untuned",
+        f"{'':<34}{'gradients':>9}{'rate':>9}{'decay':>9}{'rho':>7}{'test %':>13}{'− SGD':>7} {'95 %':<17} untuned",
     ]
     for name, result in record["methods"].items():
         found, tuned = row(record, name), result["tuned"]
@@ -97,7 +98,7 @@ def table(record: Mapping[str, Any]) -> str:
         limits = f"[{found.gain[1]:+.2f}, {found.gain[2]:+.2f}]{found.decided}" if name != "sgd" else ""
         edges = f"  edge of the grid: {', '.join(tuned['edges'])}" if tuned["edges"] else ""
         lines.append(
-            f"{METHODS[name].title:<34}{tuned['gradients']:>9.2f}{tuned['learning_rate']:>8.3g}"
+            f"{METHODS[name].title:<34}{tuned['gradients']:>9.2f}{tuned['learning_rate']:>9.3g}"
             f"{tuned['weight_decay']:>9.2g}{rho:>7}{spread(found.accuracies):>13}{difference:>7} {limits:<17}"
             f"{np.mean(found.untuned_accuracies):>8.1f}{edges}"
         )

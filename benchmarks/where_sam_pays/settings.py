@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.papers.understanding import human_labels
 from examples.training import datasets, models
 
-LOOK_ALIKE, SYMMETRIC = 0.3, 0.4  # of the labels are moved
+SYMMETRIC = 0.4  # of the labels are replaced by any other
 
 
 class Data(NamedTuple):
@@ -87,7 +87,7 @@ class Setting(NamedTuple):
 
 def look_alike(rng: np.random.Generator, labels: np.ndarray, data: Data) -> np.ndarray:
     """Some labels moved to the class whose mean image is nearest."""
-    return np.where(rng.random(len(labels)) < LOOK_ALIKE, nearest_class(data.inputs, data.labels)[labels], labels)
+    return datasets.moved(rng, labels, datasets.nearest_class(data.inputs, data.labels))
 
 
 def symmetric(rng: np.random.Generator, labels: np.ndarray, data: Data) -> np.ndarray:
@@ -95,14 +95,6 @@ def symmetric(rng: np.random.Generator, labels: np.ndarray, data: Data) -> np.nd
     del data
     others = (labels + rng.integers(1, 10, len(labels))) % 10
     return np.where(rng.random(len(labels)) < SYMMETRIC, others, labels)
-
-
-def nearest_class(inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For each class, the other one whose mean input is nearest."""
-    means = np.stack([inputs[labels == label].mean(axis=0).ravel() for label in range(labels.max() + 1)])
-    distances = np.linalg.norm(means[:, None] - means[None], axis=2)
-    np.fill_diagonal(distances, np.inf)
-    return distances.argmin(axis=1).astype(np.int32)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ NUM_RUNNERS_UP = 2
 # The lattice: a value is base · √2^exponent; an exponent of rho at its lower limit means 0.
 RHO, ZERO = 0.1, -9
 BASES = {"sgd": Hyperparameters(0.02, 5e-3, RHO), "adamw": Hyperparameters(2e-3, 0.1, RHO)}
-LIMITS = ((-8, 8), (-8, 8), (ZERO, 14))
+LIMITS = ((-8, 8), (-8, 12), (ZERO, 14))
 # What an untuned baseline has: the decay of most scripts, respectively Optax's default, and a usual learning rate.
 DEFAULTS = {
     "sgd": {"learning_rate": 0.05, "weight_decay": 5e-4},
@@ -181,8 +181,8 @@ def _runners_up(runs: Runs, best: Hyperparameters) -> list[Hyperparameters]:
         if kind == "validation":
             scores.setdefault(Hyperparameters(*values), []).append(record["validation"])
     most = max(map(len, scores.values()))
-    off_lattice = DEFAULTS[runs.setting.optimizer]["learning_rate"]
-    others = [h for h in scores if len(scores[h]) == most and h != best and h.learning_rate != off_lattice]
+    defaults = DEFAULTS[runs.setting.optimizer]  # a search of its own
+    others = [h for h in scores if len(scores[h]) == most and h not in (best, h._replace(**defaults))]
     return sorted(others, key=lambda found: -sum(scores[found]))[:NUM_RUNNERS_UP]
 
 

@@ -31,6 +31,7 @@ FASHION_MNIST_MD5 = {
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz"
 CIFAR10_MD5 = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}
 CIFAR10_RECORD = 1 + 3 * 32 * 32
+WRONG = 0.3  # of the labels, where they are moved
 
 
 class DatasetError(Exception):
@@ -57,6 +58,30 @@ def load(name: str, data_dir: pathlib.Path) -> Dataset:
     mean, scale = train.mean(axis=(0, 1, 2)), train.std(axis=(0, 1, 2))
     return Dataset(
         (train - mean) / scale, train_labels.astype(np.int32), (test - mean) / scale, test_labels.astype(np.int32)
+    )
+
+
+def nearest_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each class, the other one whose mean image is nearest: what it is taken for."""
+    means = np.stack([images[labels == label].mean(axis=0).ravel() for label in range(labels.max() + 1)])
+    distances = np.linalg.norm(means[:, None] - means[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    return distances.argmin(axis=1).astype(np.int32)
+
+
+def moved(rng: np.random.Generator, labels: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    """Some of the labels replaced by the class that each looks like."""
+    return np.where(rng.random(len(labels)) < WRONG, nearest[labels], labels)
+
+
+def validation(data: Dataset) -> Dataset:
+    """A fifth of the training set in the place of the test set."""
+    held_out = np.random.default_rng(0).permutation(len(data.train_labels)) % 5 == 0
+    return Dataset(
+        data.train_images[~held_out],
+        data.train_labels[~held_out],
+        data.train_images[held_out],
+        data.train_labels[held_out],
     )
 
 

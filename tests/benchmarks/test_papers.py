@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from benchmarks.papers.__main__ import PAPERS, table
-from benchmarks.papers.reproduction import Reproduction, interval, joint_verdict, paired_verdict, spread
-from examples.training.report import finite
+from benchmarks.papers.__main__ import PAPERS, tables
+from benchmarks.papers.reproduction import Reproduction, joint_verdict, paired_verdict, spread
+from examples.training.report import finite, interval
 
 pytestmark = pytest.mark.heavy
 
@@ -32,7 +32,10 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
 
 
 def test_readme_shows_the_claims_as_they_were_measured():
-    assert table() in PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    assert len(tables()) == len(PAPERS) + 1
+    for paper, table in tables().items():
+        assert table in page.partition(f"\n## {paper}\n")[2].partition("\n## ")[0]
 
 
 def test_figures_of_the_readme_are_there():

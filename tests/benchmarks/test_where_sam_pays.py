@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.papers.reproduction import interval
 from benchmarks.where_sam_pays import claims, report, study, tuning
 from benchmarks.where_sam_pays.methods import FEW, METHODS
-from benchmarks.where_sam_pays.settings import SETTINGS, SMOKE, Data, Setting, look_alike, nearest_class, symmetric
+from benchmarks.where_sam_pays.settings import SETTINGS, SMOKE, Data, Setting, look_alike, symmetric
 from benchmarks.where_sam_pays.training import Hyperparameters, Trainer
+from examples.training.datasets import nearest_class
+from examples.training.report import interval
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results"
 RECORDS = report.records(RESULTS)

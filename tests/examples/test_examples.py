@@ -49,30 +49,55 @@ def write_cifar10(folder, batch_size=16):
 
 def numbers(results):
     """What a run must reproduce: everything but times."""
-    return {method: (r["gradients_per_step"], r["seeds"]) for method, r in results["methods"].items()}
+    return results["labels"]
 
 
 @pytest.mark.heavy
 def test_all_methods_learn_and_write_their_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main(["--method", "all", *SMOKE])
+    train.main(["--method", "all", *SMOKE, "--rho", "0.05", "--learning-rate", "0.1"])
     results = json.loads((tmp_path / "runs/digits-mlp/results.json").read_text())
-    assert list(results["methods"]) == list(train.METHODS)
-    cheaper = {"sgd": 1.0, "late_sam": 1.5} | dict.fromkeys(("momentum_sam", "lagged_sam", "random_sam"), 1.0)
-    found = {name: r["gradients_per_step"] for name, r in results["methods"].items()}
+    assert list(results["labels"]) == ["clean", "look_alike"]
+    methods = results["labels"]["clean"]
+    assert list(methods) == list(results["labels"]["look_alike"]) == list(train.METHODS)
+    cheaper = {"sgd": 1.0, "sgd_tuned": 1.0, "late_sam": 1.5} | dict.fromkeys(
+        ("momentum_sam", "lagged_sam", "random_sam"), 1.0
+    )
+    found = {name: r["gradients_per_step"] for name, r in methods.items()}
     sometimes = {name: found.pop(name) for name in ("sam_every", "look_sam", "ae_sam")}  # one step an epoch is counted
     assert found == dict.fromkeys(found, 2.0) | cheaper
     assert all(1 <= number <= 2 for number in sometimes.values())
-    assert all(run["test_accuracy"] > 0.8 for r in results["methods"].values() for run in r["seeds"])
+    assert all(run["test_accuracy"] > 0.8 for r in methods.values() for run in r["seeds"])
     assert (tmp_path / "runs/digits-mlp/comparison.png").read_bytes().startswith(b"\x89PNG")
-    output = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in output.splitlines()[:9])
-    assert all(method in output for method in train.METHODS)
+    printed = capsys.readouterr()
+    assert all(len(line) <= 80 for line in printed.out.splitlines()[: 2 * len(train.METHODS) + 5])
+    for method in train.METHODS:
+        assert f"look_alike, {method}: " in printed.err  # progress where nobody watches
+        assert printed.out.count(f"\n{method} ") == 2
+
+
+@pytest.mark.heavy
+def test_wrong_labels_are_wrong_in_training_and_validation_alone():
+    settings = train.parse(["--validate"])
+    right = datasets.load("digits", pathlib.Path())
+    experiments = {kind: train.Experiment(settings, kind) for kind in train.LABELS}
+    clean, wrong = (experiments[kind].labels(seed=3) for kind in ("clean", "look_alike"))
+    for before, after, size in zip(clean, wrong, (1077, 270), strict=True):
+        assert len(before) == len(after) == size
+        assert 0.2 < np.mean(before != after) < 0.4
+        pairs = set(zip(before[before != after].tolist(), after[before != after].tolist(), strict=True))
+        assert len(pairs) == 10  # each class is taken for one other
+    held_out = {image.tobytes() for image in experiments["clean"].data.test_images}
+    assert held_out <= {image.tobytes() for image in right.train_images}
+    assert not held_out & {image.tobytes() for image in experiments["clean"].data.train_images}
+    tested = train.Experiment(train.parse([]), "look_alike")
+    np.testing.assert_array_equal(tested.labels(seed=3)[1], right.test_labels)
+    assert np.any(tested.labels(seed=3)[0] != tested.labels(seed=4)[0])
 
 
 @pytest.mark.heavy
 def test_killed_run_resumes_to_the_same_numbers(tmp_path):
-    command = [sys.executable, str(TRAIN), "--method", "late_sam", *SMOKE]
+    command = [sys.executable, str(TRAIN), "--method", "late_sam", "--labels", "clean", *SMOKE]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     folders = [tmp_path / "unbroken", tmp_path / "killed"]
     for folder in folders:
@@ -81,7 +106,7 @@ def test_killed_run_resumes_to_the_same_numbers(tmp_path):
 
     command += ["--checkpoint-dir", "checkpoints"]
     process = subprocess.Popen(command, cwd=folders[1], env=environment, stderr=subprocess.DEVNULL)
-    saved = folders[1] / "checkpoints/late_sam-0"
+    saved = folders[1] / "checkpoints/clean-late_sam-0"
     deadline = time.monotonic() + 120
     while not any((saved / str(epoch)).exists() for epoch in (1, 2, 3)):
         assert process.poll() is None, "the run ended before it was killed"
@@ -118,30 +143,41 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
 @pytest.mark.heavy
 def test_results_of_a_diverged_run_are_json(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.main(["--method", "sgd", *SMOKE, "--learning-rate", "1e30"])
+    train.main(["--method", "sgd", "--labels", "clean", *SMOKE, "--learning-rate", "1e30"])
     text = (tmp_path / "runs/digits-mlp/results.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["methods"]["sgd"]["seeds"][0]["train_loss"] is None
+    found = json.loads(text, parse_constant=pytest.fail)["labels"]["clean"]["sgd"]
+    assert found["seeds"][0]["train_loss"] is None
 
 
 @pytest.mark.heavy
 def test_fashion_mnist_trains_a_cnn(tmp_path, monkeypatch):
     write_fashion_mnist(tmp_path)
     monkeypatch.chdir(tmp_path)
-    arguments = ["--dataset", "fashion_mnist", "--data-dir", str(tmp_path), "--method", "msam", "--base", "adamw"]
+    arguments = [
+        "--dataset",
+        "fashion_mnist",
+        "--data-dir",
+        str(tmp_path),
+        "--method",
+        "msam",
+        "--base",
+        "adamw",
+        "--labels",
+        "clean",
+    ]
     train.main([*arguments, "--epochs", "1", "--seeds", "1", "--batch-size", "64", "--micro-batches", "2"])
     results = json.loads((tmp_path / "runs/fashion_mnist-cnn/results.json").read_text())
-    assert results["methods"]["msam"]["gradients_per_step"] == 2.0
+    assert results["labels"]["clean"]["msam"]["gradients_per_step"] == 2.0
 
 
 @pytest.mark.heavy
 def test_cifar10_trains_a_resnet_with_augmentation(tmp_path, monkeypatch):
     write_cifar10(tmp_path)
     monkeypatch.chdir(tmp_path)
-    arguments = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--method", "sgd"]
+    arguments = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--method", "sgd", "--labels", "look_alike"]
     train.main([*arguments, "--epochs", "1", "--seeds", "1", "--batch-size", "16"])
     results = json.loads((tmp_path / "runs/cifar10-resnet/results.json").read_text())
-    assert results["counts"]["steps_per_epoch"] == 5
-    assert np.isfinite(results["methods"]["sgd"]["seeds"][0]["train_loss"])
+    assert np.isfinite(results["labels"]["look_alike"]["sgd"]["seeds"][0]["train_loss"])
 
 
 def test_cifar10_images_are_read_plane_by_plane(tmp_path):

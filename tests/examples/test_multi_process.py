@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from examples import multi_process
+from examples.training import multi_process
 
 PROGRAM = pathlib.Path(multi_process.__file__)
 SMOKE = ["--epochs", "8", "--switch-at", "4", "--batch-size", "64", "--micro-batches", "4", "--name", "smoke"]

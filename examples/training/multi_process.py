@@ -1,7 +1,7 @@
 """Trains a network on digits with late mSAM in several processes, each with its own devices and its own images.
 
-    python examples/multi_process.py --processes 2 --checkpoint-dir runs/checkpoints      # all on this machine
-    python examples/multi_process.py --coordinator HOST:PORT --processes 2 --rank 0       # on each machine, its rank
+    python examples/training/multi_process.py --processes 2 --checkpoint-dir runs/checkpoints  # all on this machine
+    python examples/training/multi_process.py --coordinator HOST:PORT --processes 2 --rank 0   # on each, with its rank
 
 The part to take home is ``Trainer``: the estimator inside ``shard_map``, over a mesh of the devices of all processes.
 The numbers depend on the number of devices, not on how these are spread over processes.
