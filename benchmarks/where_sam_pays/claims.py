@@ -18,7 +18,7 @@ SAM, MSAM, LATE = "Foret et al. 2021", "Behdin et al. 2023", "Zhou et al. 2025"
 BETTER = [
     (SAM, "sam", "sgd", WORLDS),
     (SAM, "sam", "random", ["look_alike"]),
-    (MSAM, "msam_8", "sam", WORLDS),
+    (MSAM, "msam_8", "sam", [*WORLDS, "look_alike_16", "look_alike_256"]),
     (LATE, "late_25", "sgd", WORLDS),
     ("Kwon et al. 2021", "asam", "sam", ["look_alike", "clean"]),
     ("Tan et al. 2024", "stable_sam", "sam", ["look_alike", "clean"]),
