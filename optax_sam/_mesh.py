@@ -52,9 +52,9 @@ def indices_like(stacks: Any, size: int) -> jax.Array:
     indices = jnp.arange(size)
     shardings = (jax.typeof(leaf).sharding for leaf in jax.tree.leaves(stacks))
     spread = [NamedSharding(x.mesh, PartitionSpec(x.spec[0])) for x in shardings if x.mesh.explicit_axes]
-    if spread and jax.__version_info__ < (0, 10, 2):
+    if any(sharding.spec[0] for sharding in spread) and jax.__version_info__ < (0, 10, 2):
         raise NotImplementedError(
-            f"Micro-batches on an Explicit mesh need JAX 0.10.2; this is {jax.__version__}. "
+            f"Micro-batches that are spread over an Explicit mesh need JAX 0.10.2; this is {jax.__version__}. "
             "Use the estimator with axis_name, or axis_types=(AxisType.Auto,) for the mesh."
         )
     return jax.sharding.reshard(indices, spread[0]) if spread else indices
