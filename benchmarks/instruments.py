@@ -109,12 +109,12 @@ def draw() -> Figure:
     links = {"SGD": optax.identity(), "SAM": optax_sam.sam(0.1)}
     ends = {name: train(network, batches, link, epochs=30) for name, link in links.items()}
     loss_fn = loss_of(network)
-    figure, axes = plt.subplot_mosaic("SSS\nLLW", figsize=(9, 7), layout="constrained", height_ratios=(2, 3))
+    figure, axes = plt.subplot_mosaic("SS\nLW", figsize=(9.5, 6.5), layout="constrained", height_ratios=(2, 3))
     for (name, params), color in zip(ends.items(), (style.PLAIN, style.SAM), strict=True):
         density = optax_sam.spectral_density(loss_fn, params, batches, num_products=60, progress=True)
         positions = np.linspace(-0.1, 1.5, 800)
         axes["S"].semilogy(positions, density.smoothed(positions, width=0.012), color=color, label=name)
-    axes["S"].set(title="density of the eigenvalues", xlabel="eigenvalue", ylim=(1e-4, None))
+    axes["S"].set(title="density of the eigenvalues", xlabel="eigenvalue", ylim=(1e-4, 1e2))
     axes["S"].legend(frameon=False)
     style.tidy(axes["S"])
     line = optax_sam.loss_along(loss_fn, ends["SAM"], ends["SGD"], batches, progress=True)
