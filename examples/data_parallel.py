@@ -37,14 +37,13 @@ def step(params, state, batch):
     return optax.apply_updates(params, updates), state, loss
 
 
-def mesh(kind):
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(kind,))
-
-
-mapped = jax.shard_map(step, mesh=mesh(AxisType.Auto), in_specs=(everywhere, everywhere, data), out_specs=everywhere)
+auto, explicit = (
+    jax.make_mesh((jax.device_count(),), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit)
+)
+mapped = jax.shard_map(step, mesh=auto, in_specs=(everywhere, everywhere, data), out_specs=everywhere)
 ways = {  # the step, and where a batch goes
-    "Explicit mesh": (jax.jit(step), NamedSharding(mesh(AxisType.Explicit), data)),
-    "shard_map": (jax.jit(mapped), NamedSharding(mesh(AxisType.Auto), data)),
+    "Explicit mesh": (jax.jit(step), NamedSharding(explicit, data)),
+    "shard_map": (jax.jit(mapped), NamedSharding(auto, data)),
     "pmap": (jax.pmap(step, "data", in_axes=(None, None, 0), out_axes=None), None),
 }
 for name, (run, place) in ways.items():
@@ -55,6 +54,7 @@ for name, (run, place) in ways.items():
         parts = images[rows], labels[rows]
         split = jax.tree.map(lambda x: x.reshape(jax.device_count(), -1, *x.shape[1:]), parts)
         params, state, loss = run(params, state, split if place is None else jax.device_put(parts, place))
+        jax.block_until_ready(loss)  # with more devices than cores, steps in a queue may wait for each other for ever
     params = jax.device_get(params)
     accuracy = 100 * np.mean(jnp.argmax(logits_of(params, images[test]), axis=-1) == labels[test])
     print(f"{name:<14} norm of params {optax.tree.norm(params):.6f}, test accuracy {accuracy:.1f} %")
