@@ -341,8 +341,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--learning-rate", type=float, help="at the start of the cosine schedule; default: 0.05 for sgd, 1e-3 for adamw"
     )
-    add("--weight-decay", type=float, help="default: that of each method")
-    add("--rho", type=float, help="default: that of each method")
+    add("--weight-decay", type=float, help="default: that of each method, chosen for digits")
+    add("--rho", type=float, help="default: that of each method, chosen for digits")
     add("--micro-batches", type=int, default=8, help="of msam")
     add("--switch-at", type=int, help="epoch at which late_sam starts SAM; default: after three quarters")
     add("--seeds", type=int, default=8, help="number of seeds")

@@ -300,4 +300,7 @@ def dimension(params: Any, scale: Any = None) -> int:
     """How many numbers params are, or those of them whose scale is not zero."""
     if scale is None:
         return sum(leaf.size for leaf in jax.tree.leaves(params))
-    return sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(scale))
+    number = sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(scale))
+    if not number:
+        raise ValueError("scale is zero for all params. Pass one that is not, such as a mask with some True.")
+    return number

@@ -59,6 +59,12 @@ def test_blocks_of_the_layers_are_those_of_the_hessian():
         assert found.values[0] == pytest.approx(np.linalg.eigvalsh(HESSIAN[part, part])[-1], rel=1e-3)
 
 
+def test_a_scale_of_zeros_is_refused():
+    for measure in (optax_sam.hessian_eigenvalues, optax_sam.track_eigenvalue):
+        with pytest.raises(ValueError, match="scale is zero for all params"):
+            measure(mlp_loss, PARAMS, BATCHES, scale=False)
+
+
 @pytest.mark.parametrize("size", [5, 12])
 def test_the_largest_of_a_block_is_not_a_zero_of_what_is_left_out(size):
     scale = jnp.arange(40) < size
