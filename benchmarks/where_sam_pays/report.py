@@ -29,6 +29,7 @@ COLUMNS = {
     "clean_adamw": "clean labels, AdamW",
     "look_alike_16": "similar class, batch size 16",
     "look_alike_256": "similar class, batch size 256",
+    "cifar_10n_resnet": "CIFAR-10N, ResNet",
 }
 NUM_MAIN = 4  # of them; the others differ from these in one thing
 TUNED_SGD, CONTROL, METHOD = "#555555", "#999999", "#0072b2"

@@ -56,6 +56,7 @@ class Setting(NamedTuple):
         batch_size: of a step.
         epochs: of a run.
         num_seeds: fresh ones for the test.
+        augments: whether every step takes other crops of the images, half of them mirrored.
         network: from inputs to logits.
     """
 
@@ -68,6 +69,7 @@ class Setting(NamedTuple):
     batch_size: int = 64
     epochs: int = 60
     num_seeds: int = 20
+    augments: bool = False
     network: nn.Module = models.MLP(width=128)
 
     def draw(self, data: Data, seed: int) -> Sample:
@@ -115,6 +117,13 @@ def cifar_10n(data_dir: pathlib.Path) -> Data:
 
 
 @functools.cache
+def large_cifar_10n(data_dir: pathlib.Path) -> Data:
+    """The same at 32×32."""
+    data = datasets.load("cifar10", data_dir)
+    return _split(data, pooled=1, test=10_000, wrong_labels=human_labels(data_dir, data.train_labels))
+
+
+@functools.cache
 def digits(data_dir: pathlib.Path) -> Data:
     """Scikit-learn's, for the smoke run."""
     return _split(datasets.load("digits", data_dir), pooled=2, test=400)
@@ -145,7 +154,16 @@ SETTINGS = {
     "clean_adamw": Setting("as the second, AdamW", fashion_mnist, optimizer="adamw", num_seeds=30),
     "look_alike_16": Setting("as the first, batch size 16", fashion_mnist, look_alike, batch_size=16),
     "look_alike_256": Setting("as the first, batch size 256", fashion_mnist, look_alike, batch_size=256),
+    "cifar_10n_resnet": Setting(
+        "CIFAR-10N, a residual network with crops and flips",
+        large_cifar_10n,
+        num_train=10_000,
+        batch_size=100,
+        augments=True,
+        network=models.ResNet(),
+    ),
 }
+FOR_GPU = ("cifar_10n_resnet",)  # too slow to be tuned on two cores: not run
 
 SMOKE = {
     "load": digits,

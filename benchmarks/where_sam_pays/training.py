@@ -11,6 +11,7 @@ import optax
 import optax_sam
 from benchmarks.where_sam_pays.methods import Method
 from benchmarks.where_sam_pays.settings import Sample, Setting
+from examples.training import datasets
 
 MOMENTUM = 0.9
 HESSIAN_RTOL = 1e-2
@@ -61,9 +62,11 @@ class Trainer:
         )
         optimizer = optimizer_of(setting.optimizer, hyperparameters, steps)
 
-        def step(state, batch):
+        def step(state, batch_and_key):
             params, link_state, optimizer_state, total = state
-            _, grads, link_state = estimator.value_and_grad(params, link_state, (inputs[batch], labels[batch]))
+            batch, key = batch_and_key
+            images = datasets.crop_and_flip(key, inputs[batch]) if setting.augments else inputs[batch]
+            _, grads, link_state = estimator.value_and_grad(params, link_state, (images, labels[batch]))
             updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
             if method.gradients is None:
                 total += 1 + optax_sam.measurements(link_state).active
@@ -71,7 +74,8 @@ class Trainer:
 
         params = setting.network.init(init_key, inputs[:1])["params"]
         start = params, estimator.init(params), optimizer.init(params), jnp.zeros([])
-        (params, _, _, total), _ = jax.lax.scan(step, start, self._orders(order_key, steps))
+        keys = jax.random.split(jax.random.fold_in(order_key, 1), steps)
+        (params, _, _, total), _ = jax.lax.scan(step, start, (self._orders(order_key, steps), keys))
         return params, total / steps if method.gradients is None else method.gradients
 
     def _orders(self, key, steps):

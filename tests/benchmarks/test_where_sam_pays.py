@@ -18,7 +18,7 @@ from benchmarks.where_sam_pays import claims, report, study, tuning
 from benchmarks.where_sam_pays.methods import FEW, METHODS
 from benchmarks.where_sam_pays.settings import SETTINGS, SMOKE, Data, Setting, look_alike, symmetric
 from benchmarks.where_sam_pays.training import Hyperparameters, Trainer
-from examples.training.datasets import nearest_class
+from examples.training.datasets import crop_and_flip, nearest_class
 from examples.training.report import interval
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results"
@@ -86,16 +86,17 @@ def test_seeds_draw_their_own_examples_and_noise_of_the_right_amount():
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("name", "optimizer"),
+    ("name", "options"),
     [
-        *((name, "sgd") for name in ("sam", "late_50", "msam_8", "msam_each", "ae_sam", "sgd_twice")),
-        ("sam", "adamw"),
-        ("late_50", "adamw"),
+        *((name, {}) for name in ("sam", "late_50", "msam_8", "msam_each", "ae_sam", "sgd_twice")),
+        ("sam", {"optimizer": "adamw"}),
+        ("late_50", {"optimizer": "adamw"}),
+        ("msam_8", {"augments": True}),
     ],
 )
-def test_a_training_is_that_of_plain_jax(name, optimizer):
-    """Step by step, with gradients written out; the order of examples is the trainer's."""
-    setting, method = small(optimizer=optimizer), METHODS[name]
+def test_a_training_is_that_of_plain_jax(name, options):
+    """Step by step, with gradients written out; the order of examples and the crops are the trainer's."""
+    setting, method = small(**options), METHODS[name]
     sample = setting.draw(setting.load(pathlib.Path()), 3)
     best = Hyperparameters(0.05, 1e-2, 0.2 if method.has_rho else 0.0)
     trainer = Trainer(setting, method)
@@ -112,8 +113,10 @@ def test_a_training_is_that_of_plain_jax(name, optimizer):
         g = grad(w, batch)
         return grad(optax.tree.add_scale(w, best.rho / optax.tree.norm(g), g), batch)
 
+    keys = jax.random.split(jax.random.fold_in(order_key, 1), steps)
     for step, chosen in enumerate(np.asarray(trainer._orders(order_key, steps))):
         x, y = sample.inputs[chosen], sample.labels[chosen]
+        x = np.asarray(crop_and_flip(keys[step], x)) if setting.augments else x
         parts = {"msam_8": 8, "msam_each": setting.batch_size}.get(name, 1)
         on = {"late_50": step >= steps / 2, "sgd_twice": False}.get(name, True)
         if name == "ae_sam":
@@ -127,7 +130,7 @@ def test_a_training_is_that_of_plain_jax(name, optimizer):
         ]
         g = optax.tree.scale(1 / parts, jax.tree.map(lambda *leaves: sum(leaves), *gradients_of_parts))
         rate = best.learning_rate * (1 + np.cos(np.pi * step / steps)) / 2
-        if optimizer == "sgd":
+        if setting.optimizer == "sgd":
             momentum = jax.tree.map(lambda m, g, w: 0.9 * m + g + best.weight_decay * w, momentum, g, params)
             updates = momentum
         else:
