@@ -21,7 +21,7 @@ import tqdm
 
 import optax_sam
 from benchmarks import timing
-from examples.training import datasets, models
+from examples.training import datasets, models, style
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,7 +34,7 @@ LINKS = {
     "SAM": optax_sam.sam(RHO),
     "late SAM": optax_sam.late(optax_sam.sam(RHO), STEPS // 2),
 }
-COLORS = {"gradient descent": "#555555", "SAM": "#0072b2", "late SAM": "#e69f00"}
+COLORS = {"gradient descent": style.PLAIN, "SAM": style.SAM, "late SAM": style.LATE}
 NETWORK = models.MLP(width=64)
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -107,10 +107,9 @@ def draw(runs: Mapping[str, Mapping[str, list[float]]]) -> Figure:
     titles = {"eigenvalue": "largest eigenvalue of the Hessian", "loss": "training loss", "norm": "‖g‖"}
     for key, title in titles.items():
         axes[key].set_title(title, fontsize=10)
-        axes[key].spines[["top", "right"]].set_visible(False)
-        axes[key].grid(alpha=0.3)
     for key in ("eigenvalue", "norm"):
         axes[key].set_xlabel("step")
+    style.tidy(*axes.values())
     axes["eigenvalue"].set_ylim(0, 1.35 * 2 / LEARNING_RATE)
     return figure
 

@@ -27,7 +27,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "overhead": lambda record: overhead.draw(record["seconds_by_params"]),
     "stablesam": lambda record: stablesam.figure(record["quadratic"], record["network"]),
     "step_cost": lambda record: step_cost.draw(record["tables"]),
-    "where_sam_pays": lambda record: report.draw(record),
+    "where_sam_pays": report.draw,
 }
 RECORDS = {"where_sam_pays": "where_sam_pays_look_alike"}  # the others have the name of their picture
 

@@ -233,13 +233,13 @@ def draw(tables: list[dict[str, Any]]) -> Figure:
     colors = style.SAM, style.MSAM, style.STABLE, style.LATE
     for (network, rows), color, marker in zip(chosen.items(), colors, "os^D", strict=False):
         shown = [name for name in DRAWN if name in rows]
-        places = [list(DRAWN).index(name) for name in shown]
+        places = [DRAWN.index(name) for name in shown]
         axis.plot([rows[name]["ratio"] for name in shown], places, marker, color=color, ms=6, alpha=0.8, label=network)
     axis.set_yticks(range(len(DRAWN)), DRAWN)
     axis.invert_yaxis()
     axis.set(xlabel="time of a training step / plain step", xlim=(0, None))
-    axis.axvline(1, color=style.PLAIN, lw=1, ls="--")
-    axis.axvline(2, color=style.PLAIN, lw=1, ls="--")
+    for cost in (1, 2):
+        axis.axvline(cost, color=style.PLAIN, lw=1, ls="--")
     axis.legend(frameon=False, fontsize=9, loc="center right")
     style.tidy(axis)
     return figure

@@ -108,7 +108,7 @@ class Experiment:
     """Everything the methods share: data with labels of one kind, network, and the functions compiled once."""
 
     def __init__(self, settings: argparse.Namespace, labels: str) -> None:
-        self.settings, self.kind = settings, list(LABELS).index(labels)
+        self.settings, self.kind, self.place = settings, labels, list(LABELS).index(labels)
         self.data = datasets.load(settings.dataset, settings.data_dir)
         self.looks_like = datasets.nearest_class(self.data.train_images, self.data.train_labels)
         if settings.validate:
@@ -128,12 +128,12 @@ class Experiment:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def link(self, method: str) -> optax.GradientTransformation:
-        rho = METHODS[method].rho[self.kind] if self.settings.rho is None else self.settings.rho
+        rho = METHODS[method].rho[self.place] if self.settings.rho is None else self.settings.rho
         return METHODS[method].link(rho, self.settings.switch_at * self.steps_per_epoch)
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
         """The optimizer behind the link, with a cosine schedule."""
-        given, chosen = self.settings.weight_decay, METHODS[method].weight_decay[self.kind]
+        given, chosen = self.settings.weight_decay, METHODS[method].weight_decay[self.place]
         decay = chosen if given is None else given
         schedule = optax.cosine_decay_schedule(self.settings.learning_rate, self.total_steps)
         if self.settings.base == "adamw":
@@ -143,7 +143,7 @@ class Experiment:
     def labels(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Of training and test; those of a test are right, those of a validation are as wrong as training."""
         train, test = self.data.train_labels, self.data.test_labels
-        if self.kind:
+        if self.kind == "look_alike":
             rng = np.random.default_rng((seed, 1))
             train = datasets.moved(rng, train, self.looks_like)
             test = datasets.moved(rng, test, self.looks_like) if self.settings.validate else test
@@ -248,7 +248,7 @@ def train(compiled: CompiledMethod, seed: int, bar: tqdm.tqdm) -> dict[str, Any]
     """Trains one network, from its last checkpoint if there is one; returns what was measured."""
     experiment, method = compiled.experiment, compiled.method
     settings, (train_labels, test_labels) = experiment.settings, experiment.labels(seed)
-    name = f"{list(LABELS)[experiment.kind]}-{method}-{seed}"
+    name = f"{experiment.kind}-{method}-{seed}"
     folder = settings.checkpoint_dir and settings.checkpoint_dir / name
     with checkpoints.Checkpoints(folder) as saved:
         empty = {"test_accuracy": [], "gradients_per_step": []}

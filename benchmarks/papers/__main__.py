@@ -32,8 +32,8 @@ def tables() -> dict[str, str]:
                 if paper not in PAPERS.values():
                     paper, columns = OTHERS, (paper, *columns)
                 rows[paper].append("| " + " | ".join(column.replace("|", "\\|") for column in columns) + " |")
-    head = "| claim | what we measured | verdict |\n|---|---|---|"
-    heads = dict.fromkeys(rows, head) | {OTHERS: head.replace("| claim", "| paper | claim") + "---|"}
+    heads = dict.fromkeys(rows, "| claim | what we measured | verdict |\n|---|---|---|")
+    heads[OTHERS] = "| paper | claim | what we measured | verdict |\n|---|---|---|---|"
     return {paper: "\n".join([heads[paper], *found]) for paper, found in rows.items() if found}
 
 

@@ -178,7 +178,8 @@ def figure(toy: dict[str, Any], results: Results) -> Figure:
     return drawing
 
 
-def _rates(axis: Axes, results: Results) -> list[float]:
+def _over_rates(axis: Axes, results: Results) -> list[float]:
+    """The learning rates, which become the x axis."""
     rates = list(map(float, results["sgd"]))
     axis.set(xscale="log", xlabel="learning rate")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -187,16 +188,18 @@ def _rates(axis: Axes, results: Results) -> list[float]:
 
 
 def _curves(axis: Axes, results: Results) -> None:
+    rates = _over_rates(axis, results)
     for name, color in COLORS.items():
-        values = np.array([accuracies(results, name, rate) for rate in _rates(axis, results)])
-        axis.plot(_rates(axis, results), values.mean(axis=1), color=color, label=TITLES[name])
-        axis.plot(_rates(axis, results), values, ".", color=color, alpha=0.6)
+        values = np.array([accuracies(results, name, rate) for rate in rates])
+        axis.plot(rates, values.mean(axis=1), color=color, label=TITLES[name])
+        axis.plot(rates, values, ".", color=color, alpha=0.6)
 
 
 def _differences(axis: Axes, results: Results) -> None:
     """Where an interval is without zero, the links differ."""
+    rates = _over_rates(axis, results)
     for shift, (name, color) in enumerate((name, color) for name, color in COLORS.items() if name != "sam"):
-        for rate in _rates(axis, results):
+        for rate in rates:
             differences = accuracies(results, name, rate) - accuracies(results, "sam", rate)
             low, high = interval(differences)
             x = rate * 1.08 ** (shift - 1)

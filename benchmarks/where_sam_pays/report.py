@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.papers.reproduction import RESULTS, spread
 from benchmarks.where_sam_pays.methods import CONTROLS, METHODS
+from examples.training import style
 from examples.training.report import interval
 
 matplotlib.use("Agg")
@@ -32,7 +33,7 @@ COLUMNS = {
     "cifar_10n_resnet": "CIFAR-10N, ResNet",
 }
 NUM_MAIN = 4  # of them; the others differ from these in one thing
-TUNED_SGD, CONTROL, METHOD = "#555555", "#999999", "#0072b2"
+TUNED_SGD, CONTROL, METHOD = style.PLAIN, "#999999", style.SAM
 
 
 class Row(NamedTuple):

@@ -165,25 +165,30 @@ def critical_sharpness(
         raise ValueError(f"The loss at params is {here}, its slope along updates {slope}. Pass what is finite.")
     if slope > 0:  # which rounding of the losses may hide
         return math.inf
+    short = _last_fall(loss_after, here)
+    if short in (0.0, math.inf):
+        return 2 / short if short else math.inf
+    long = 2 * short
+    while long / short > 1 + max(rtol, FINEST):
+        middle = math.sqrt(short * long)
+        short, long = (middle, long) if loss_after(middle) <= here else (short, middle)
+    return 2 / math.sqrt(short * long)
+
+
+def _last_fall(loss_after: Callable[[float], float], here: float) -> float:
+    """A step that does not raise the loss where twice it does; 0 or ∞ if there is none within bounds."""
     step = 1.0
     if loss_after(step) <= here:
         while loss_after(2 * step) <= here:
             step *= 2
             if step > LONGEST_STEP:
-                return 0.0
-    else:
-        while (after := loss_after(step / 2)) > here or math.isnan(after):
-            step /= 2
-            if step < 1 / LONGEST_STEP:
                 return math.inf
+        return step
+    while step >= 1 / LONGEST_STEP:
         step /= 2
-        if after == here:  # what rounds to the same at a shorter step never fell
-            return math.inf
-    short, long = step, 2 * step
-    while long / short > 1 + max(rtol, FINEST):
-        middle = math.sqrt(short * long)
-        short, long = (middle, long) if loss_after(middle) <= here else (short, middle)
-    return 2 / math.sqrt(short * long)
+        if (after := loss_after(step)) <= here:
+            return step if after < here else 0.0  # what rounds to the same at a shorter step never fell
+    return 0.0
 
 
 @once_per_loss
