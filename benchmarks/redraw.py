@@ -24,6 +24,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "edge": lambda record: edge.draw(record["runs"]),
     "late_phase": late_phase_report.draw,
     "msam": lambda record: msam.figure(record, record["times"]),
+    "outer_products": lambda record: step_cost.draw(record["tables"]),
     "overhead": lambda record: overhead.draw(record["seconds_by_params"]),
     "stablesam": lambda record: stablesam.figure(record["quadratic"], record["network"]),
     "step_cost": lambda record: step_cost.draw(record["tables"]),

@@ -70,13 +70,17 @@ METHODS["late mSAM, M = 8, before"] = (optax_sam.late(SAM, NEVER), {"num_micro_b
 METHODS["late mSAM, M = 8, after"] = (optax_sam.late(SAM, 1), {"num_micro_batches": 8})
 METHODS[f"mSAM, M = 8, scan, {AS_TRACED}"] = METHODS["mSAM, M = 8, scan"]
 REWRITES = jax.default_backend() == "cpu"  # convolutions in loops and branches
-DRAWN: tuple[str, ...] = (
+DRAWN: tuple[str, ...] = (  # those of them that were measured
     "SAM",
     "StableSAM",
     "late SAM, before the switch",
     "late SAM, after the switch",
     "mSAM, M = 8, auto",
+    "mSAM, M = 8, lazy",
     "mSAM, M = 8, vmap",
+    "mSAM, M = 64, scan",
+    "mSAM, M = 64, lazy",
+    "mSAM, M = 512, lazy",
     "optax.contrib.sam, opaque",
     "textbook mSAM, M = 8, vmap",
 )
@@ -226,16 +230,17 @@ def summary(tables: list[dict[str, Any]]) -> str:
 
 
 def draw(tables: list[dict[str, Any]]) -> Figure:
-    """Time relative to the plain step of eight programs, a mark for each network; SGD, float32."""
+    """Time relative to the plain step of a few programs, a mark for each network; SGD, float32."""
     chosen = {entry["network"]: entry["rows"] for entry in tables if entry["precision"] == "float32"}
     chosen |= {entry["network"]: entry["rows"] for entry in tables if entry["optimizer"] == "sgd"}
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    names = [name for name in DRAWN if any(name in rows for rows in chosen.values())]
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.35 * len(names)), layout="constrained")
     colors = style.SAM, style.MSAM, style.STABLE, style.LATE
     for (network, rows), color, marker in zip(chosen.items(), colors, "os^D", strict=False):
-        shown = [name for name in DRAWN if name in rows]
-        places = [DRAWN.index(name) for name in shown]
+        shown = [name for name in names if name in rows]
+        places = [names.index(name) for name in shown]
         axis.plot([rows[name]["ratio"] for name in shown], places, marker, color=color, ms=6, alpha=0.8, label=network)
-    axis.set_yticks(range(len(DRAWN)), DRAWN)
+    axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlabel="time of a training step / plain step", xlim=(0, None))
     for cost in (1, 2):
