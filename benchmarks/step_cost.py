@@ -245,7 +245,7 @@ def draw(tables: list[dict[str, Any]]) -> Figure:
     axis.set(xlabel="time of a training step / plain step", xlim=(0, None))
     for cost in (1, 2):
         axis.axvline(cost, color=style.PLAIN, lw=1, ls="--")
-    axis.legend(frameon=False, fontsize=9, loc="center right")
+    axis.legend(frameon=False, fontsize=9, loc="upper right")
     style.tidy(axis)
     return figure
 
